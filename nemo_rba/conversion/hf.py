@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Language-model weights between Hugging Face folders and a megatron GPTModel, one tensor at a time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from nemo_rba.conversion.families import head_layout, rules
+from nemo_rba.conversion.mapping import Read, shard, unshard
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class SafetensorsFolder:
+    """The tensors of ``model.safetensors``, or of the shards its index names, read on demand.
+
+    Raises:
+        ValueError: the folder, the weights or a shard is missing or unreadable.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is not a folder; expected one with config.json and {_WEIGHTS}")
+        if (self.folder / _INDEX).is_file():
+            files = json.loads((self.folder / _INDEX).read_text())["weight_map"]
+        elif (self.folder / _WEIGHTS).is_file():
+            files = dict.fromkeys(self._open(_WEIGHTS).keys(), _WEIGHTS)
+        else:
+            raise ValueError(f"{self.folder} has neither {_WEIGHTS} nor {_INDEX}; is the download complete?")
+        self._files: dict[str, str] = files
+        self._handles: dict[str, object] = {}
+
+    def _open(self, name: str):
+        try:
+            return safe_open(self.folder / name, framework="pt")
+        except Exception as error:  # safetensors raises its own type, FileNotFoundError or OSError
+            raise ValueError(f"cannot read {self.folder / name}: {error}") from error
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise ValueError(f"{self.folder} has no tensor {name!r}; its weights do not fit its config.json")
+        file = self._files[name]
+        if file not in self._handles:
+            self._handles[file] = self._open(file)
+        return self._handles[file].get_tensor(name)
+
+
+def load_hf_config(folder: str | Path) -> PretrainedConfig:
+    """``config.json`` of a Hugging Face folder; code in the folder is never run.
+
+    Raises:
+        ValueError: no config.json there.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; expected a Hugging Face language-model folder")
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _global_name(gpt: nn.Module, name: str) -> tuple[str, int]:
+    """Parameter name -> (name with {} for the layer, global layer number)."""
+    if not name.startswith("decoder.layers."):
+        return name, -1
+    _, _, local, rest = name.split(".", 3)
+    return "decoder.layers.{}." + rest, gpt.decoder.layers[int(local)].layer_number - 1
+
+
+@torch.no_grad()
+def load_weights(gpt: nn.Module, read: Read, config: PretrainedConfig, *, tp_size: int, tp_rank: int) -> None:
+    """Fill this rank's parameters, reading only what it needs.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    table, heads = rules(config), head_layout(config)
+    for name, parameter in gpt.named_parameters():
+        template, layer = _global_name(gpt, name)
+        value = shard(table[template].to_megatron(read, layer, heads), parameter, tp_size, tp_rank)
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"{template.format(layer)} has shape {tuple(value.shape)} in the checkpoint, expected "
+                f"{tuple(parameter.shape)}; its weights do not fit its config.json"
+            )
+        parameter.copy_(value)
+
+
+@torch.no_grad()
+def export_weights(gpt: nn.Module, config: PretrainedConfig, *, tp_group) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face tensors of this pipeline stage, gathered over tensor-parallel ranks one by one. Collective."""
+    table, heads = rules(config), head_layout(config)
+    size = dist.get_world_size(tp_group)
+    for name, parameter in gpt.named_parameters():
+        template, layer = _global_name(gpt, name)
+        if template == "output_layer.weight" and config.tie_word_embeddings:
+            continue
+        slices = [parameter.detach()]
+        if size > 1 and parameter.tensor_model_parallel:
+            slices = [torch.empty_like(parameter) for _ in range(size)]
+            dist.all_gather(slices, parameter.detach().contiguous(), group=tp_group)
+        yield from table[template].to_hf(unshard(slices, parameter), layer, heads).items()
+
+
+def config_from_dict(values: dict) -> PretrainedConfig:
+    """The config object of a dictionary that ``config.to_diff_dict()`` gave."""
+    values = dict(values)
+    return AutoConfig.for_model(values.pop("model_type"), **values)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Process groups, ranks and seeds: the one place that asks who this process is."""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from nemo_rba.distributed import cpu
+
+
+def initialize(*, tensor_parallel_size: int, pipeline_parallel_size: int, seed: int) -> None:
+    """Create torch's and megatron's process groups, once per process.
+
+    A process that no launcher started becomes a world of one, without touching a port.
+
+    Raises:
+        ValueError: the world does not divide by the model-parallel size, or groups of another size exist already.
+    """
+    cpu.install()
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if dist.is_torchelastic_launched():
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    world, model_parallel = dist.get_world_size(), tensor_parallel_size * pipeline_parallel_size
+    if world % model_parallel:
+        raise ValueError(
+            f"{world} processes cannot be split into groups of tensor_model_parallel_size {tensor_parallel_size} x "
+            f"pipeline_model_parallel_size {pipeline_parallel_size} = {model_parallel}; change trainer.devices, "
+            "trainer.num_nodes or the model.*_parallel_size keys"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        _check_existing(tensor_parallel_size, pipeline_parallel_size)
+        return
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel_size, pipeline_model_parallel_size=pipeline_parallel_size
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _check_existing(tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    have = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    if have != (tensor_parallel_size, pipeline_parallel_size):
+        raise ValueError(
+            f"this process already runs with tensor x pipeline parallel size {have}, not "
+            f"({tensor_parallel_size}, {pipeline_parallel_size}); use one layout per process"
+        )
+
+
+def data_parallel_rank() -> int:
+    """Which share of the prompts is ours."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    """How many ways the prompts are split."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def data_parallel_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a small tensor over the data-parallel ranks; the same tensor comes back."""
+    if data_parallel_size() > 1:
+        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    return values
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

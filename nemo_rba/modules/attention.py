@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One prompt, many answers: attention in which the G answers to a prompt read one prefix cache.
+
+A textbook decoder repeats the prompt for every answer. Here a prompt is one row, left padded so that every prompt ends
+at position P - 1, and its answers follow it: the keys and values of the prompt exist once, in training as in
+generation, and cost is linear in G (bifurcated attention, arXiv 2403.08845). megatron's transformer block runs
+unchanged; only its core attention is ours, and it does what the *plan* handed down as ``attention_bias`` says:
+
+    PrefixPlan   the prompts alone; keeps keys and values when given a cache      (prefill)
+    GroupPlan    prompts and all their answers in one pass, S = P + G * T         (teacher forcing)
+    DecodePlan   one new token per living answer, on the caches                   (sampling)
+
+Rotary embeddings are applied here, from tables made once per pass. Being relative, they do not see the left padding.
+Layouts: b prompts, q key-value heads, r query heads per key-value head, g answers, t tokens, p prefix, d head size.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Cache = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Cosine and sine of every position from 0: (S, d) each."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor, positions: Tensor | slice) -> Tensor:
+        """Rotate x (s, b, h, d) to its positions (s,)."""
+        cos, sin = self.cos[positions][:, None, None], self.sin[positions][:, None, None]
+        first, second = x.chunk(2, -1)
+        return x * cos.to(x.dtype) + torch.cat((-second, first), -1) * sin.to(x.dtype)
+
+
+class PlannedAttention(torch.nn.Module):
+    """megatron's core-attention slot: hands queries, keys and values to the plan of this pass."""
+
+    def __init__(self, config, layer_number: int, *args, **kwargs):
+        super().__init__()
+        if config.softmax_scale is not None or config.attention_dropout:
+            raise ValueError(
+                f"softmax_scale {config.softmax_scale} and attention_dropout {config.attention_dropout} are not "
+                "supported: sampled and teacher-forced log-probabilities must be equal"
+            )
+        self.layer_number = layer_number
+
+    def forward(self, query, key, value, attention_mask, *, attention_bias, **kwargs) -> Tensor:
+        """query (s, b, h, d), key and value (s, b, q, d) -> (s, b, h * d)."""
+        return attention_bias.attend(self.layer_number, query, key, value)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.permute(1, 2, 0, 3)  # (s, b, h, d) -> (b, h, s, d)
+
+
+def _prefix_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
+    """Causal attention of left-padded prompts: (b, h, p, d), keys (b, q, p, d), valid (b, p) -> (p, b, h * d)."""
+    length = valid.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=valid.device)  # a padded row must attend to something
+    mask = (causal & valid[:, None, :]) | itself
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], enable_gqa=True)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+@dataclass(slots=True)
+class PrefixPlan:
+    """Prompts alone."""
+
+    rotary: Rotary
+    valid: Tensor  # (b, p), False where left padded
+    cache: Cache | None = None  # filled layer by layer with rotated keys and values (b, q, p, d)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        positions = slice(0, len(query))
+        query, key, value = (
+            _heads_first(x) for x in (self.rotary(query, positions), self.rotary(key, positions), value)
+        )
+        if self.cache is not None:
+            self.cache[layer] = (key, value)
+        return _prefix_attention(query, key, value, self.valid)
+
+
+@dataclass(slots=True)
+class GroupPlan:
+    """Prompts, then ``group_size`` answers of ``num_tokens`` positions each: S = p + g * t."""
+
+    rotary: Rotary
+    valid: Tensor  # (b, p)
+    group_size: int
+    num_tokens: int
+    positions: Tensor = field(init=False)  # (S,) every answer starts at p
+
+    def __post_init__(self) -> None:
+        prefix, device = self.valid.shape[1], self.valid.device
+        answer = torch.arange(prefix, prefix + self.num_tokens, device=device)
+        self.positions = torch.cat((torch.arange(prefix, device=device), answer.repeat(self.group_size)))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        prefix = self.valid.shape[1]
+        query, key = self.rotary(query, self.positions), self.rotary(key, self.positions)
+        prefix_key, prefix_value = _heads_first(key[:prefix]), _heads_first(value[:prefix])
+        prompt = _prefix_attention(_heads_first(query[:prefix]), prefix_key, prefix_value, self.valid)
+        if self.num_tokens == 0:
+            return prompt
+        answers = self._answers(query[prefix:], key[prefix:], value[prefix:], prefix_key, prefix_value)
+        return torch.cat((prompt, answers))
+
+    def _answers(self, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
+        """query (g * t, b, h, d), key and value (g * t, b, q, d) -> (g * t, b, h * d)."""
+        (b, q, p, d), g, t = prefix_key.shape, self.group_size, self.num_tokens
+        r = query.shape[2] // q
+        query = query.view(g, t, b, q, r, d).permute(2, 3, 0, 4, 1, 5) * d**-0.5  # (b, q, g, r, t, d)
+        key, value = (x.view(g, t, b, q, d).permute(2, 3, 0, 1, 4) for x in (key, value))  # (b, q, g, t, d)
+        shared = query.reshape(b, q, g * r * t, d) @ prefix_key.transpose(-1, -2)
+        shared = shared.masked_fill(~self.valid[:, None, None], -torch.inf).view(b, q, g, r, t, p)
+        own = (query.reshape(b, q, g, r * t, d) @ key.transpose(-1, -2)).view(b, q, g, r, t, t)
+        causal = torch.ones(t, t, dtype=torch.bool, device=own.device).tril()
+        own = own.masked_fill(~causal, -torch.inf)
+        weights = torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        shared, own = weights[..., :p], weights[..., p:]
+        out = (shared.reshape(b, q, g * r * t, p) @ prefix_value).view(b, q, g, r, t, d)
+        out = out + (own.reshape(b, q, g, r * t, t) @ value).view(b, q, g, r, t, d)
+        return out.permute(2, 4, 0, 1, 3, 5).reshape(g * t, b, q * r * d)
+
+
+@dataclass(slots=True)
+class DecodePlan:
+    """One new token per living answer. Row n belongs to prompt ``prompt[n]``, where it is number ``slot[n]``."""
+
+    rotary: Rotary
+    valid: Tensor  # (b, p)
+    prefix: Cache  # (b, q, p, d)
+    prompt: Tensor  # (n,)
+    slot: Tensor  # (n,)
+    own: Cache = field(default_factory=dict)  # (n, q, capacity, d)
+    num_cached: int = 0  # tokens already in ``own``
+    full: bool = False  # every prompt has the same number of living answers, in order
+
+    def __post_init__(self) -> None:
+        self._index()
+
+    def _index(self) -> None:
+        self.full = len(self.prompt) == len(self.valid) * (int(self.slot.max()) + 1)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        position = slice(self.valid.shape[1] + self.num_cached, self.valid.shape[1] + self.num_cached + 1)
+        query, key = self.rotary(query, position)[0], self.rotary(key, position)[0]  # (n, h, d), (n, q, d)
+        own_key, own_value = self._append(layer, key, value[0])
+        prefix_key, prefix_value = self.prefix[layer]
+        n, q, d = key.shape
+        query = query.view(n, q, -1, d) * d**-0.5
+        shared = self._on_prefix(query, prefix_key.transpose(-1, -2))
+        shared = shared.masked_fill(~self.valid[self.prompt][:, None, None], -torch.inf)
+        own = query @ own_key.transpose(-1, -2)
+        weights = torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        p = self.valid.shape[1]
+        out = self._on_prefix(weights[..., :p].contiguous(), prefix_value) + weights[..., p:] @ own_value
+        return out.reshape(1, n, -1)
+
+    def _on_prefix(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """rows (n, q, r, x) times each row's prompt matrix (b, q, x, y) -> (n, q, r, y), one product per prompt."""
+        (n, q, r, x), b = rows.shape, len(matrix)
+        if self.full:
+            grid = rows.view(b, n // b, q, r, x)
+        else:
+            grid = rows.new_zeros(b, int(self.slot.max()) + 1, q, r, x)
+            grid[self.prompt, self.slot] = rows
+        slots = grid.shape[1]
+        out = grid.transpose(1, 2).reshape(b, q, slots * r, x) @ matrix
+        out = out.view(b, q, slots, r, -1).transpose(1, 2)
+        return out.reshape(n, q, r, -1) if self.full else out[self.prompt, self.slot]
+
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this step's key and value (n, q, d); returns all so far, (n, q, num_cached + 1, d)."""
+        length = self.num_cached + 1
+        if layer not in self.own or self.own[layer][0].shape[2] < length:
+            grown = tuple(x.new_empty(*x.shape[:2], max(32, 2 * length), x.shape[2]) for x in (key, value))
+            if layer in self.own:
+                for new, old in zip(grown, self.own[layer], strict=True):
+                    new[:, :, : old.shape[2]] = old
+            self.own[layer] = grown
+        for store, new in zip(self.own[layer], (key, value), strict=True):
+            store[:, :, length - 1] = new
+        return tuple(store[:, :, :length] for store in self.own[layer])
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every answer but ``rows`` (m,), and every prompt that has none left."""
+        prompts, self.prompt = self.prompt[rows].unique(return_inverse=True)
+        if len(prompts) < len(self.valid):
+            self.valid = self.valid[prompts]
+            self.prefix = {layer: (k[prompts], v[prompts]) for layer, (k, v) in self.prefix.items()}
+        length = self.num_cached
+        self.own = {layer: (k[rows, :, :length], v[rows, :, :length]) for layer, (k, v) in self.own.items()}
+        first = torch.searchsorted(self.prompt, self.prompt)  # rows stay ordered by prompt
+        self.slot = torch.arange(len(rows), device=rows.device) - first
+        self._index()

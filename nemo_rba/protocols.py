@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The joints: what each room asks of the next. Anything with these methods fits; nothing inherits from them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from nemo_rba.types import Instruction, Rollout, RolloutBatch, SamplingParams, SpeechBatch
+
+Metrics = dict[str, float]
+
+
+class Teacher(Protocol):
+    """An aligned LLM that reads text."""
+
+    def render(self, messages: Sequence[dict[str, str]], *, open_turn: str) -> str:
+        """Chat text of ``messages`` with the turn of role ``open_turn`` left open.
+
+        ``render([], open_turn="user")`` is the pre-query template of Magpie (arXiv 2406.08464).
+        """
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[str]:
+        """One completion per rendered prompt, cut before the end of the turn; "" if the turn never ended."""
+
+
+class LikelihoodTeacher(Teacher, Protocol):
+    """A teacher that also judges: its own probability of somebody else's words. Hosted teachers need not offer this."""
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token string -> id. Dense judgement needs a student with the same ids; see ``check_same_vocabulary``."""
+
+    def logprobs(self, prompts: Sequence[str], responses: Sequence[Tensor]) -> list[Tensor]:
+        """Log-probability of every token of ``responses[i]`` (T_i,) after the rendered ``prompts[i]``: (T_i,) each."""
+
+    def topk_logprobs(self, prompts: Sequence[str], responses: Sequence[Tensor], k: int) -> list[tuple[Tensor, Tensor]]:
+        """The k likeliest tokens before each token of ``responses[i]``: ids (T_i, K) and log-probabilities (T_i, K)."""
+
+
+class TTS(Protocol):
+    """A synthesizer with named voices."""
+
+    sampling_rate: int
+    speakers: Sequence[str]
+
+    def synthesize(self, texts: Sequence[str], speakers: Sequence[str]) -> list[Tensor]:
+        """One mono float32 waveform (A_i,) in [-1, 1] per text."""
+
+
+class PromptEncoder(Protocol):
+    """Turns an instruction into the token ids a SpeechLM expects around the speech."""
+
+    pad_id: int
+
+    def encode_prompt(self, instruction: Instruction) -> list[int]:
+        """Prompt ids with the audio locator token once, the assistant's turn left open."""
+
+    def encode_response(self, response: str) -> list[int]:
+        """Response ids with the end-of-turn token."""
+
+
+class Policy(Protocol):
+    """The student. Collective: every rank of a model-parallel group calls it with, and gets, the same values."""
+
+    def generate(self, batch: SpeechBatch, *, group_size: int, params: SamplingParams) -> list[Rollout]:
+        """``group_size`` answers per prompt, ordered by prompt, with their log-probabilities."""
+
+    def logprobs(self, batch: RolloutBatch, *, reference: bool = False) -> Tensor:
+        """Teacher-forced log-probabilities (N, T), 0 where masked; of the start model when ``reference``."""
+
+    def forward_backward(self, batch: RolloutBatch, objective: "Objective") -> Metrics:
+        """Accumulate the objective's gradient over microbatches; returns the objective's metrics, averaged."""
+
+    def step(self) -> Metrics:
+        """Clip, apply and clear the gradient; returns ``grad_norm`` and ``lr``."""
+
+
+class RolloutSource(Protocol):
+    """Where answers come from: the policy (on-policy) or the teacher (distillation). The hinge of the design."""
+
+    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int) -> list[Rollout]:
+        """Rollouts ordered by prompt, the same number for each."""
+
+
+class RewardFunction(Protocol):
+    """How good is an answer."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """(N,) finite float32, higher is better."""
+
+
+class AdvantageEstimator(Protocol):
+    """How much better than its siblings."""
+
+    def __call__(self, rewards: Tensor, prompt_index: Tensor) -> Tensor:
+        """rewards (N,), prompt_index (N,) -> advantages (N,)."""
+
+
+class Objective(Protocol):
+    """A loss that sees log-probabilities, never a model.
+
+    The ``needs_*`` fields say which log-probabilities the loop must put in the batch. With ``teacher_topk`` = K > 0
+    the loss gets the student's log-probabilities at the teacher's K candidates, (N, T, K), else of the tokens, (N, T).
+    """
+
+    needs_old: bool
+    needs_reference: bool
+    needs_teacher: bool
+    teacher_topk: int
+
+    def __call__(self, logprobs: Tensor, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss (a sum over this microbatch divided by the *global* count), and per-batch metrics.
+
+        Each metric is likewise a sum over the microbatch divided by the global count, so that adding microbatches
+        gives the batch's mean.
+        """
+
+
+class EvalTask(Protocol):
+    """A held-out set with its own measure."""
+
+    name: str
+
+    def batches(self) -> Iterable[SpeechBatch]:
+        """The whole set, once, in a fixed order."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> Metrics:
+        """Corpus-level scores in percent; also called with a bootstrap's resamples."""
