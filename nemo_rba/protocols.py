@@ -71,7 +71,7 @@ class Policy(Protocol):
     def forward_backward(self, batch: RolloutBatch, objective: "Objective") -> Metrics:
         """Accumulate the objective's gradient over microbatches; returns the objective's metrics, averaged."""
 
-    def step(self) -> Metrics:
+    def step(self, learning_rate: float) -> Metrics:
         """Clip, apply and clear the gradient; returns ``grad_norm`` and ``lr``."""
 
 

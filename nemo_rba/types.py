@@ -84,8 +84,8 @@ class RolloutBatch:
     data-parallel ranks gives the same gradient. ``prompt_index`` lets encoder and prefill run once per prompt.
     """
 
-    prompts: SpeechBatch
-    prompt_index: Tensor  # (N,), non-decreasing, the same number of rollouts for every prompt
+    prompts: SpeechBatch  # the whole batch, also where this is one minibatch of its rollouts
+    prompt_index: Tensor  # (N,) rows of ``prompts``, non-decreasing, the same number of rollouts for each one present
     response_ids: Tensor  # (N, T)
     response_mask: Tensor  # (N, T)
     advantages: Tensor  # (N,) per answer or (N, T) per token

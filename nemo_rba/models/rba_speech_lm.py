@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.enums import ModelType
 from nemo.collections.speechlm2.modules.perception import AudioPerceptionModule
 from nemo.core import ModelPT
 from omegaconf import DictConfig, OmegaConf
@@ -58,6 +59,7 @@ class RBASpeechLM(ModelPT):
         self.llm = build_gpt(**gpt_arguments(self.llm_config), params_dtype=dtype).to(parallel.device())
         self.perception = AudioPerceptionModule(cfg.perception).to(parallel.device(), dtype)
         check_perception(self.perception)
+        self.model_type = ModelType.encoder_or_decoder  # read by megatron's schedules
         self.eval()
 
     @classmethod
@@ -150,10 +152,18 @@ class RBASpeechLM(ModelPT):
         )
 
     def forward(
-        self, batch: SpeechBatch, speech: EncodedSpeech, response_ids: Tensor, response_mask: Tensor, group_size: int
+        self,
+        batch: SpeechBatch,
+        speech: EncodedSpeech | None,
+        response_ids: Tensor,
+        response_mask: Tensor,
+        group_size: int,
     ) -> Tensor:
-        """Teacher-forced logits (M, V / tp) of the real tokens of N = B * G answers; see ``answer_logits``."""
-        prompts, valid = self.embed_prompts(batch, speech)
+        """Teacher-forced logits (M, V / tp) of the real tokens of N = B * G answers; see ``answer_logits``.
+
+        Without ``speech`` the encoder runs here, with its gradient.
+        """
+        prompts, valid = self.embed_prompts(batch, self.encode(batch) if speech is None else speech)
         device = prompts.device
         return answer_logits(self.llm, prompts, valid, response_ids.to(device), response_mask.to(device), group_size)
 

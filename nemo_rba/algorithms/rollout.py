@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where answers come from, and how they become a batch.
+
+``PolicyRollouts`` with a policy-gradient loss is RBA; ``TeacherRollouts`` with a likelihood loss is distillation. The
+loop does not know which of the two it runs.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_rba.distributed.parallel import data_parallel_sum
+from nemo_rba.functional import pad_sequences, typed
+from nemo_rba.protocols import LikelihoodTeacher, Objective, Policy
+from nemo_rba.types import Rollout, RolloutBatch, SamplingParams, SpeechBatch
+
+
+class PolicyRollouts:
+    """G answers of the student itself to each spoken prompt."""
+
+    def __init__(self, *, group_size: int, max_new_tokens: int, temperature: float, top_p: float):
+        if group_size < 1:
+            raise ValueError(f"rollouts.group_size must be 1 or more, got {group_size}")
+        if temperature <= 0 and group_size > 1:
+            raise ValueError(
+                f"rollouts.temperature {temperature} makes all {group_size} answers of a group equal; expected above 0"
+            )
+        self.group_size = group_size
+        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+
+    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int) -> list[Rollout]:
+        params = SamplingParams(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=seed
+        )
+        return policy.generate(batch, group_size=self.group_size, params=params)
+
+
+class TeacherRollouts:
+    """The teacher's stored answer to each spoken prompt: the data of supervised fine-tuning."""
+
+    group_size = 1
+
+    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int) -> list[Rollout]:
+        return [
+            Rollout(
+                prompt_index=row,
+                instruction=instruction,
+                response=instruction.response,
+                token_ids=batch.response_ids[row, : batch.response_lens[row]],
+                logprobs=None,
+                truncated=False,
+            )
+            for row, instruction in enumerate(batch.instructions)
+        ]
+
+
+def prompt_index(rollouts: Sequence[Rollout]) -> Tensor:
+    """Prompt row of each rollout (N,)."""
+    return torch.tensor([rollout.prompt_index for rollout in rollouts])
+
+
+def collate(
+    batch: SpeechBatch, rollouts: Sequence[Rollout], advantages: Tensor, *, policy: Policy, objective: Objective,
+    teacher: LikelihoodTeacher | None, num_minibatches: int,
+) -> Iterator[RolloutBatch]:  # fmt: skip
+    """Minibatches of rollouts with every log-probability the objective asks for; whole groups stay together.
+
+    All log-probabilities are of the policy before this batch's first update, so they are computed here, once.
+    """
+    response_ids, mask = pad_sequences([rollout.token_ids for rollout in rollouts], pad_value=0)
+    whole = RolloutBatch(
+        prompts=batch,
+        prompt_index=prompt_index(rollouts),
+        response_ids=response_ids,
+        response_mask=mask,
+        advantages=advantages,
+        num_loss_tokens=0,
+        num_loss_rollouts=0,
+    )
+    whole = dataclasses.replace(whole, **_logprobs(whole, rollouts, policy, objective, teacher))
+    prompts = whole.prompt_index.unique()
+    for chosen in prompts.tensor_split(num_minibatches):
+        minibatch = select(whole, chosen)
+        counts = data_parallel_sum(torch.tensor([minibatch.response_mask.sum(), len(minibatch)]))
+        yield dataclasses.replace(minibatch, num_loss_tokens=int(counts[0]), num_loss_rollouts=int(counts[1]))
+
+
+def _logprobs(
+    whole: RolloutBatch, rollouts: Sequence[Rollout], policy: Policy, objective: Objective,
+    teacher: LikelihoodTeacher | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    fields = {}
+    if objective.needs_old:
+        sampled = all(rollout.logprobs is not None for rollout in rollouts)
+        fields["old_logprobs"] = (
+            pad_sequences([rollout.logprobs for rollout in rollouts], pad_value=0.0)[0]
+            if sampled
+            else policy.logprobs(whole)
+        )
+    if objective.needs_reference:
+        fields["ref_logprobs"] = policy.logprobs(whole, reference=True)
+    if objective.needs_teacher or objective.teacher_topk:
+        fields |= _judgement(rollouts, objective, teacher)
+    return fields
+
+
+def _judgement(rollouts: Sequence[Rollout], objective: Objective, teacher: LikelihoodTeacher) -> dict[str, Tensor]:
+    """What the teacher, who reads the transcript, thinks of every token."""
+    prompts = [transcript_prompt(teacher, rollout) for rollout in rollouts]
+    tokens = [rollout.token_ids for rollout in rollouts]
+    fields = {}
+    if objective.needs_teacher:
+        fields["teacher_logprobs"] = pad_sequences(teacher.logprobs(prompts, tokens), pad_value=0.0)[0]
+    if objective.teacher_topk:
+        ids, values = zip(*teacher.topk_logprobs(prompts, tokens, objective.teacher_topk), strict=True)
+        fields["teacher_topk_ids"] = pad_sequences(ids, pad_value=0)[0]
+        fields["teacher_topk_logprobs"] = pad_sequences(values, pad_value=0.0)[0]
+    return fields
+
+
+def transcript_prompt(teacher: LikelihoodTeacher, rollout: Rollout) -> str:
+    """The teacher's prompt: the words spoken, typed."""
+    return teacher.render([{"role": "user", "content": typed(rollout.instruction)}], open_turn="assistant")
+
+
+def select(batch: RolloutBatch, prompts: Tensor) -> RolloutBatch:
+    """The rollouts of the given prompt rows; prompts and global counts stay as they are."""
+    rows = torch.isin(batch.prompt_index, prompts)
+    tensors = {
+        field.name: getattr(batch, field.name)[rows]
+        for field in dataclasses.fields(batch)
+        if isinstance(getattr(batch, field.name), Tensor)
+    }
+    return dataclasses.replace(batch, **tensors)
+
+
+def select_prompts(batch: SpeechBatch, rows: Tensor) -> SpeechBatch:
+    """Some prompts of a batch."""
+    tensors = {
+        field.name: getattr(batch, field.name)[rows]
+        for field in dataclasses.fields(batch)
+        if field.name != "instructions"
+    }
+    return SpeechBatch(instructions=tuple(batch.instructions[row] for row in rows.tolist()), **tensors)

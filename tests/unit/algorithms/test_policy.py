@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy: gradients against plain autograd, and the invariances of its batches."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from conftest import load_speech_lm, make_batch
+from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss
+from nemo_rba.algorithms.policy import MegatronPolicy
+from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts, collate, prompt_index
+from nemo_rba.types import SamplingParams
+
+SETTINGS = dict(weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-8, max_grad_norm=1.0, generation_batch_size=8)
+FROZEN_ENCODER = ["^perception\\.(preprocessor|encoder)"]
+
+
+def make_policy(folder, micro_batch_size=8, freeze=FROZEN_ENCODER, reference=False):
+    return MegatronPolicy(
+        model=load_speech_lm(folder),
+        reference=load_speech_lm(folder) if reference else None,
+        freeze=freeze,
+        micro_batch_size=micro_batch_size,
+        **SETTINGS,
+    )
+
+
+def policy_gradient(kl=0.0):
+    return ClippedPolicyLoss(
+        clip_low=0.2, clip_high=0.2, kl_coefficient=kl, kl_estimator="k3", dense_weight=0.0, dense_clip=5.0,
+        aggregation="token_mean",
+    )  # fmt: skip
+
+
+def rollout_batch(policy, batch, objective, group_size=4):
+    source = PolicyRollouts(group_size=group_size, max_new_tokens=12, temperature=1.0, top_p=1.0)
+    rollouts = source(policy, batch, seed=1)
+    advantages = torch.linspace(-1, 1, len(rollouts))
+    (whole,) = collate(
+        batch, rollouts, advantages, policy=policy, objective=objective, teacher=None, num_minibatches=1
+    )
+    return rollouts, whole
+
+
+def gradients(policy):
+    return {n: p.main_grad.clone() for n, p in policy.model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def speech_batch(speech_lm):
+    contexts = ["", "transcribe", "in french please", ""]
+    return make_batch(speech_lm.prompt, [0.7, 1.3, 1.0, 0.9], contexts, ["paris", "hello again", "a b c", "one two"])
+
+
+def test_gradient_equals_plain_autograd(llama_salm, speech_batch):
+    policy = make_policy(llama_salm[0], micro_batch_size=2)
+    rollouts, whole = rollout_batch(policy, speech_batch, policy_gradient())
+    metrics = policy.forward_backward(whole, policy_gradient())
+    ours = gradients(policy)
+    plain = load_speech_lm(llama_salm[0])
+    loss, tokens = 0.0, whole.num_loss_tokens
+    for rollout, advantage in zip(rollouts, whole.advantages, strict=True):
+        row = rollout.prompt_index
+        alone = make_batch_row(speech_batch, row)
+        ids = rollout.token_ids[None]
+        logits = plain(alone, None, ids, torch.ones_like(ids, dtype=torch.bool), 1)
+        logprobs = logits.log_softmax(-1).gather(1, ids.T)[:, 0]
+        loss = loss - (advantage * (logprobs - logprobs.detach()).exp()).sum() / tokens
+    loss.backward()
+    for name, parameter in plain.named_parameters():
+        if name in ours:
+            torch.testing.assert_close(ours[name], parameter.grad, atol=2e-6, rtol=1e-4, msg=name)
+    assert abs(metrics["loss/policy"] - loss.item()) < 1e-5
+    assert not any(name.startswith("perception.encoder") for name in ours)
+
+
+def make_batch_row(batch, row):
+    from nemo_rba.algorithms.rollout import select_prompts
+
+    return select_prompts(batch, torch.tensor([row]))
+
+
+def test_microbatches_give_the_same_gradient(llama_salm, speech_batch):
+    whole_policy, split_policy = make_policy(llama_salm[0], 4), make_policy(llama_salm[0], 1)
+    _, whole = rollout_batch(whole_policy, speech_batch, policy_gradient())
+    one = whole_policy.forward_backward(whole, policy_gradient())
+    four = split_policy.forward_backward(whole, policy_gradient())
+    a, b = gradients(whole_policy), gradients(split_policy)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4, msg=name)  # padding moves rounding
+    assert one.keys() == four.keys()
+    for name in one:
+        assert one[name] == pytest.approx(four[name], abs=1e-5)
+
+
+def test_generation_batch_size_changes_nothing(llama_salm, speech_batch):
+    policy = make_policy(llama_salm[0])
+    params = SamplingParams(max_new_tokens=10, seed=4)
+    together = policy.generate(speech_batch, group_size=3, params=params)
+    policy.generation_batch_size = 1
+    apart = policy.generate(speech_batch, group_size=3, params=params)
+    assert [r.token_ids.tolist() for r in together] == [r.token_ids.tolist() for r in apart]
+    assert [r.prompt_index for r in apart] == [i // 3 for i in range(12)]
+
+
+def test_teacher_forced_equals_sampled_and_reference_stays(llama_salm, speech_batch):
+    policy = make_policy(llama_salm[0], reference=True)
+    objective = policy_gradient(kl=0.1)
+    rollouts, whole = rollout_batch(policy, speech_batch, objective)
+    torch.testing.assert_close(policy.logprobs(whole), whole.old_logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(whole.ref_logprobs, whole.old_logprobs, atol=1e-4, rtol=0)
+    policy.forward_backward(whole, objective)
+    policy.step(1e-2)
+    moved = policy.logprobs(whole)
+    assert (moved - whole.old_logprobs).abs().max() > 1e-2
+    torch.testing.assert_close(policy.logprobs(whole, reference=True), whole.ref_logprobs, atol=1e-6, rtol=0)
+
+
+def test_distillation_learns_the_teachers_words(llama_salm, speech_batch):
+    policy = make_policy(llama_salm[0])
+    rollouts = TeacherRollouts()(policy, speech_batch, seed=0)
+    (whole,) = collate(
+        speech_batch, rollouts, torch.zeros(4), policy=policy, objective=DistillationLoss(), teacher=None,
+        num_minibatches=1,
+    )  # fmt: skip
+    losses = []
+    for _ in range(30):
+        losses.append(policy.forward_backward(whole, DistillationLoss())["loss/distillation"])
+        policy.step(5e-3)
+    assert losses[-1] < 0.1 * losses[0]
+    greedy = policy.generate(speech_batch, group_size=1, params=SamplingParams(max_new_tokens=8, temperature=0))
+    assert [r.response for r in greedy] == [i.response for i in speech_batch.instructions]
+
+
+def test_minibatches_keep_groups_and_count_their_own_tokens(llama_salm, speech_batch):
+    policy = make_policy(llama_salm[0])
+    objective = policy_gradient()
+    rollouts, _ = rollout_batch(policy, speech_batch, objective)
+    parts = list(
+        collate(
+            speech_batch, rollouts, torch.zeros(16), policy=policy, objective=objective, teacher=None, num_minibatches=2
+        )
+    )
+    assert [p.prompt_index.unique().tolist() for p in parts] == [[0, 1], [2, 3]]
+    assert [p.num_loss_rollouts for p in parts] == [8, 8]
+    assert sum(p.num_loss_tokens for p in parts) == sum(len(r.token_ids) for r in rollouts)
+    assert prompt_index(rollouts).tolist() == [i // 4 for i in range(16)]
+
+
+def test_trainable_encoder_gets_a_gradient(llama_salm, speech_batch):
+    policy = make_policy(llama_salm[0], freeze=["^llm\\."])
+    _, whole = rollout_batch(policy, speech_batch, policy_gradient())
+    policy.forward_backward(whole, policy_gradient())
+    grads = gradients(policy)
+    assert any(n.startswith("perception.encoder") and g.abs().max() > 0 for n, g in grads.items())
+    assert not any(n.startswith("llm.") for n in grads)
+
+
+def test_bad_gradient_leaves_the_weights(llama_salm, speech_batch):
+    policy = make_policy(llama_salm[0])
+    _, whole = rollout_batch(policy, speech_batch, policy_gradient())
+    before = {n: p.clone() for n, p in policy.model.named_parameters()}
+    policy.forward_backward(dataclasses.replace(whole, advantages=whole.advantages * torch.inf), policy_gradient())
+    with pytest.raises(FloatingPointError, match="nan"):
+        policy.step(1e-3)
+    assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters())
+
+
+def test_freeze_patterns_are_checked(llama_salm):
+    with pytest.raises(ValueError, match="matches no parameter"):
+        make_policy(llama_salm[0], freeze=["^encoder"])
+    with pytest.raises(ValueError, match="nothing to train"):
+        make_policy(llama_salm[0], freeze=["."])
