@@ -20,7 +20,7 @@ from pathlib import Path
 
 import soundfile
 import torch
-from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from lhotse import AudioSource, CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.shar import SharWriter
 
 from nemo_rba.types import Instruction, Utterance
@@ -36,7 +36,14 @@ def utterance_to_cut(utterance: Utterance, *, teacher: str) -> MonoCut:
     buffer = io.BytesIO()
     samples = utterance.audio.detach().cpu().float().numpy()  # (A,)
     soundfile.write(buffer, samples, utterance.sampling_rate, format="WAV", subtype="PCM_16")
-    cut = Recording.from_bytes(buffer.getvalue(), recording_id=instruction.id).to_cut()
+    recording = Recording(
+        id=instruction.id,
+        sources=[AudioSource(type="memory", channels=[0], source=buffer.getvalue())],
+        sampling_rate=utterance.sampling_rate,
+        num_samples=len(samples),
+        duration=len(samples) / utterance.sampling_rate,
+    )
+    cut = recording.to_cut()
     words = SupervisionSegment(
         id=instruction.id,
         recording_id=instruction.id,

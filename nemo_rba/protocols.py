@@ -74,9 +74,20 @@ class Policy(Protocol):
     def step(self, learning_rate: float) -> Metrics:
         """Clip, apply and clear the gradient; returns ``grad_norm`` and ``lr``."""
 
+    def parameters(self) -> Iterable[Tensor]:
+        """What ``step`` changes."""
+
+    def state_dict(self) -> dict:
+        """State of the optimizer, without the weights."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue from ``state_dict()``."""
+
 
 class RolloutSource(Protocol):
     """Where answers come from: the policy (on-policy) or the teacher (distillation). The hinge of the design."""
+
+    group_size: int  # answers per prompt it gives
 
     def __call__(self, policy: Policy, batch: SpeechBatch, seed: int) -> list[Rollout]:
         """Rollouts ordered by prompt, the same number for each."""
@@ -92,6 +103,8 @@ class RewardFunction(Protocol):
 class AdvantageEstimator(Protocol):
     """How much better than its siblings."""
 
+    min_group_size: int  # answers per prompt it needs
+
     def __call__(self, rewards: Tensor, prompt_index: Tensor) -> Tensor:
         """rewards (N,), prompt_index (N,) -> advantages (N,)."""
 
@@ -99,10 +112,12 @@ class AdvantageEstimator(Protocol):
 class Objective(Protocol):
     """A loss that sees log-probabilities, never a model.
 
-    The ``needs_*`` fields say which log-probabilities the loop must put in the batch. With ``teacher_topk`` = K > 0
-    the loss gets the student's log-probabilities at the teacher's K candidates, (N, T, K), else of the tokens, (N, T).
+    The ``needs_*`` fields say what the loop must put in the batch. With ``teacher_topk`` = K > 0 the loss gets the
+    student's log-probabilities at the teacher's K candidates, (N, T, K), else of the tokens, (N, T);
+    ``needs_teacher`` asks for the teacher's log-probability of the tokens and has nothing to do with that.
     """
 
+    needs_advantages: bool
     needs_old: bool
     needs_reference: bool
     needs_teacher: bool
@@ -125,4 +140,4 @@ class EvalTask(Protocol):
         """The whole set, once, in a fixed order."""
 
     def score(self, rollouts: Sequence[Rollout]) -> Metrics:
-        """Corpus-level scores in percent; also called with a bootstrap's resamples."""
+        """Corpus-level scores in percent."""

@@ -29,6 +29,18 @@ from nemo_rba.protocols import Metrics, Objective
 from nemo_rba.types import Rollout, RolloutBatch, SamplingParams, SpeechBatch
 
 
+class FrozenPolicy:
+    """A SpeechLM that only answers: the ``generate`` of a policy, for evaluation and chat."""
+
+    def __init__(self, *, model: nn.Module, generation_batch_size: int):
+        self.model, self.generation_batch_size = model.requires_grad_(False), generation_batch_size
+
+    @torch.no_grad()
+    def generate(self, batch: SpeechBatch, *, group_size: int, params: SamplingParams) -> list[Rollout]:
+        """See ``protocols.Policy``."""
+        return _generate(self.model, batch, self.model.encode(batch), self.generation_batch_size, group_size, params)
+
+
 class MegatronPolicy:
     """A SpeechLM that generates, judges its own words, and learns.
 
@@ -73,14 +85,7 @@ class MegatronPolicy:
 
     def generate(self, batch: SpeechBatch, *, group_size: int, params: SamplingParams) -> list[Rollout]:
         """See ``protocols.Policy``."""
-        speech = self._encode(batch)
-        rollouts = []
-        for rows in torch.arange(len(batch)).split(self.generation_batch_size):
-            part = self.model.generate(
-                select_prompts(batch, rows), _rows(speech, rows), group_size=group_size, params=params
-            )
-            rollouts += [_renumber(rollout, int(rows[0])) for rollout in part]
-        return rollouts
+        return _generate(self.model, batch, self._encode(batch), self.generation_batch_size, group_size, params)
 
     @torch.no_grad()
     def logprobs(self, batch: RolloutBatch, *, reference: bool = False) -> Tensor:
@@ -123,12 +128,27 @@ class MegatronPolicy:
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
             if not math.isfinite(grad_norm):
-                raise FloatingPointError(f"the gradient norm is {grad_norm}; the weights are those of the last good step")
+                raise FloatingPointError(
+                    f"the gradient norm is {grad_norm}; the weights are those of the last good step"
+                )
             if self.max_grad_norm > 0:
                 self.optimizer.clip_grad_norm(self.max_grad_norm)
             self.optimizer.step_with_ready_grads()
         self._zero_grad()
         return {"grad_norm": grad_norm, "lr": learning_rate}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """See ``protocols.Policy``."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def state_dict(self) -> dict:
+        """See ``protocols.Policy``."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """See ``protocols.Policy``."""
+        with cpu.redirect_cuda():
+            self.optimizer.load_state_dict(state_dict)
 
     def _zero_grad(self) -> None:
         self._ddp.zero_grad_buffer()
@@ -195,8 +215,15 @@ def _rows(speech: EncodedSpeech, rows: Tensor) -> EncodedSpeech:
     return EncodedSpeech(speech.features[rows], speech.lens[rows])
 
 
-def _renumber(rollout: Rollout, first: int) -> Rollout:
-    return dataclasses.replace(rollout, prompt_index=rollout.prompt_index + first)
+def _generate(
+    model: nn.Module, batch: SpeechBatch, speech: EncodedSpeech, size: int, group_size: int, params: SamplingParams
+) -> list[Rollout]:  # fmt: skip
+    """Answers to a batch, ``size`` prompts at a time."""
+    rollouts = []
+    for rows in torch.arange(len(batch)).split(size):
+        part = model.generate(select_prompts(batch, rows), _rows(speech, rows), group_size=group_size, params=params)
+        rollouts += [dataclasses.replace(r, prompt_index=r.prompt_index + int(rows[0])) for r in part]
+    return rollouts
 
 
 def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:

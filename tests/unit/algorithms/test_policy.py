@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-
 from conftest import load_speech_lm, make_batch
+
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss
 from nemo_rba.algorithms.policy import MegatronPolicy
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts, collate, prompt_index
@@ -107,7 +107,7 @@ def test_generation_batch_size_changes_nothing(llama_salm, speech_batch):
 def test_teacher_forced_equals_sampled_and_reference_stays(llama_salm, speech_batch):
     policy = make_policy(llama_salm[0], reference=True)
     objective = policy_gradient(kl=0.1)
-    rollouts, whole = rollout_batch(policy, speech_batch, objective)
+    _, whole = rollout_batch(policy, speech_batch, objective)
     torch.testing.assert_close(policy.logprobs(whole), whole.old_logprobs, atol=1e-4, rtol=0)
     torch.testing.assert_close(whole.ref_logprobs, whole.old_logprobs, atol=1e-4, rtol=0)
     policy.forward_backward(whole, objective)

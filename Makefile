@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# make align    environment if need be, then the main job on the tiny recipe (CPU)
+# make test     environment if need be, then lint and all tests
+# make lint     ruff only
+# make assets   build the tiny teacher and speech encoder of examples/tiny anew
+# make clean    remove what building and testing left; keeps .venv and runs/
+#
+# Variables: PYTHON (which interpreter makes .venv), TORCH (what pip is asked for), CONSTRAINTS (pinned versions).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
+CONFIG ?= rba_tiny
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: align test lint assets clean
+
+align: $(STAMP)
+	$(BIN)/python examples/rba_align.py --config-name=$(CONFIG)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+assets: $(STAMP)
+	$(BIN)/python examples/tiny/build_assets.py
+
+# torch goes first and by its exact version: where a CPU build is configured, pip then takes that one. Most modules of
+# these packages are never imported, so byte-compiling them all (minutes) is left to the first import.
+$(STAMP): setup.py $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
+		"python %d.%d is too old, expected 3.10 or newer: make PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) or "$(CONSTRAINTS)" == "/dev/null" else \
+		"the pinned versions need python 3.11; with 3.10 use: make CONSTRAINTS=/dev/null")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --no-compile -c $(CONSTRAINTS) "$(TORCH)"
+	$(BIN)/python -m pip install --no-compile -c $(CONSTRAINTS) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of a recipe as functions of its config. This is the only place that knows everyone: it chooses and wires.
+
+synthesis/   Lhotse Shar: train, dev and test sets of spoken instructions with the teacher's answers
+align_*/     one folder an arm: <arm>.nemo, metrics.jsonl, exp_manager's checkpoints
+evaluation/  every system's answers to the test sets
+report/      report.md, report.html, results.json
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_rba.algorithms.alignment import RBAAlignment
+from nemo_rba.algorithms.metrics_file import MetricsFile
+from nemo_rba.algorithms.policy import FrozenPolicy
+from nemo_rba.data.dataset import SpeechInstructionDataset
+from nemo_rba.data.loader import SpeechLoader
+from nemo_rba.distributed import parallel
+from nemo_rba.distributed.strategy import MegatronStrategy
+from nemo_rba.evaluation.plots import TrainingCurves
+from nemo_rba.evaluation.report import write_report
+from nemo_rba.evaluation.results import Roles
+from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, System, TeacherSystem, run
+from nemo_rba.evaluation.tasks import InstructionFollowingTask
+from nemo_rba.models.rba_speech_lm import RBASpeechLM
+
+SYNTHESIS = ("teacher", "synthesis")  # what each stage's result depends on
+ALIGNMENT = (
+    "model", "teacher", "rollouts", "reward", "advantage", "objective", "policy", "schedule", "num_minibatches", "data",
+    "trainer", "validation", "seed",
+)  # fmt: skip
+EVALUATION = ("model", "teacher", "evaluation", "data", "seed", "name")
+LABELS = {"rba": "RBA", "sft": "SFT", "distillation": "SFT", "forward_kl": "Forward KL", "reverse_kl": "Reverse KL"}
+PANELS = {
+    "Reward": "reward/mean",
+    "Dev: obeys the request": "val/obeys",
+    "KL to the start model": "kl/reference",
+    "Entropy": "entropy",
+    "Teacher minus student, log p": "teacher/logratio",
+    "Answer length": "rollout/length",
+}
+
+
+def arms(cfg: DictConfig) -> dict[str, DictConfig]:
+    """The config of every arm: the main one, then each baseline, which replaces or amends some keys of it."""
+    found = {cfg.arm: cfg}
+    for name, changes in cfg.baselines.items():
+        arm = cfg.copy()
+        for key, change in changes.items():
+            arm[key] = change if "_target_" in change else OmegaConf.merge(cfg[key], change)
+        found[name] = arm
+    return found
+
+
+def keys(cfg: DictConfig, names: tuple[str, ...]) -> dict:
+    """A part of the config, resolved."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    return {name: plain[name] for name in names}
+
+
+def preflight(cfg: DictConfig) -> None:
+    """Stop before any work when something that the config names is not there.
+
+    Raises:
+        SystemExit: everything that is missing, and how to get it.
+    """
+    missing = [
+        f"{need.key} = {OmegaConf.select(cfg, need.key)}: {need.what} is not there. {need.how}"
+        for need in cfg.requires
+        if not Path(str(OmegaConf.select(cfg, need.key))).exists()
+    ]
+    if cfg.trainer.accelerator == "gpu" and torch.cuda.device_count() < cfg.trainer.devices:
+        missing.append(
+            f"trainer.devices = {cfg.trainer.devices}: this machine shows {torch.cuda.device_count()} GPUs. Run on a "
+            "node that has them, in the NGC container of the Dockerfile, or choose --config-name=rba_tiny for a CPU"
+        )
+    if missing:
+        raise SystemExit("nothing was started, because:\n" + "\n".join(f"  - {line}" for line in missing))
+
+
+def synthesize(cfg: DictConfig, folder: Path) -> None:
+    """Stage a: the teacher's instructions and answers, spoken."""
+    teacher = instantiate(cfg.teacher)
+    pipeline = instantiate(cfg.synthesis)
+    pipeline(teacher=teacher, sampler=pipeline.keywords["sampler"](teacher=teacher), output=str(folder)).run(
+        OmegaConf.to_container(cfg.synthesis, resolve=True)
+    )
+
+
+def loader_builder(cfg: DictConfig, manifest: Path, quarantine: Path, *, train: bool) -> Callable[..., SpeechLoader]:
+    """``build(prompt=, sampling_rate=)`` of this rank's batches of a manifest."""
+
+    def build(*, prompt, sampling_rate: int) -> SpeechLoader:
+        return SpeechLoader(
+            manifest=manifest,
+            dataset=SpeechInstructionDataset(
+                prompt=prompt,
+                sampling_rate=sampling_rate,
+                max_duration_seconds=cfg.data.max_duration_seconds,
+                max_response_tokens=cfg.data.max_response_tokens,
+                quarantine=quarantine,
+            ),
+            batch_size=cfg.data.batch_size if train else cfg.data.validation_batch_size,
+            shuffle=train,
+            seed=cfg.seed,
+            rank=parallel.data_parallel_rank(),
+            world_size=parallel.data_parallel_size(),
+            drop_last=train,
+        )
+
+    return build
+
+
+def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
+    """Stages b and c: build the start model, align it, keep it as ``<folder>/<arm>.nemo``."""
+    objective = instantiate(cfg.objective)
+    judged = objective.needs_teacher or objective.teacher_topk
+    module = RBAAlignment(
+        build_model=partial(instantiate, cfg.model),
+        build_policy=instantiate(cfg.policy),
+        source=instantiate(cfg.rollouts),
+        reward=instantiate(cfg.reward),
+        advantage=instantiate(cfg.advantage),
+        objective=objective,
+        teacher=instantiate(cfg.teacher) if judged else None,
+        schedule=instantiate(cfg.schedule),
+        build_loader=loader_builder(cfg, data / "train", folder / "quarantine.jsonl", train=True),
+        build_validation_loader=loader_builder(cfg, data / "dev", folder / "quarantine.jsonl", train=False),
+        validation_params=instantiate(cfg.validation),
+        num_minibatches=cfg.num_minibatches,
+        seed=cfg.seed,
+    )
+    strategy = MegatronStrategy(
+        tensor_model_parallel_size=cfg.model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=cfg.model.pipeline_model_parallel_size,
+        seed=cfg.seed,
+    )
+    trainer = Trainer(**cfg.trainer, strategy=strategy, callbacks=[MetricsFile(path=folder / "metrics.jsonl")])
+    exp_manager(trainer, OmegaConf.create(dict(cfg.exp_manager) | {"exp_dir": str(folder), "name": "lightning"}))
+    trainer.fit(module)
+    if trainer.global_step < cfg.trainer.max_steps:
+        raise SystemExit(f"{arm}: stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; run again to go on")
+    module.model.save_to(str(folder / f"{arm}.nemo"))
+
+
+def tasks(cfg: DictConfig, data: Path, folder: Path, model: RBASpeechLM) -> list[InstructionFollowingTask]:
+    """The held-out sets of the report."""
+    verify, kinds = instantiate(cfg.evaluation.verify), instantiate(cfg.evaluation.kinds)
+
+    def one(name: str, split: str) -> InstructionFollowingTask:
+        build = loader_builder(cfg, data / split, folder / "quarantine.jsonl", train=False)
+        loader = build(prompt=model.prompt, sampling_rate=model.sampling_rate)
+        return InstructionFollowingTask(name=name, batches=lambda: loader, verify=verify, kinds=kinds)
+
+    return [one(name, split) for name, split in cfg.evaluation.conditions.items()]
+
+
+def systems(cfg: DictConfig, files: dict[str, Path], start: RBASpeechLM) -> dict[str, Callable[[], System]]:
+    """Everyone who is compared, built when needed: T, the cascade, S0, and every aligned model."""
+    evaluation, teacher = cfg.evaluation, instantiate(cfg.teacher)
+    params = instantiate(evaluation.params)
+
+    def frozen(model: RBASpeechLM) -> FrozenPolicy:
+        return FrozenPolicy(model=model, generation_batch_size=evaluation.generation_batch_size)
+
+    def cascade() -> System:
+        return CascadeSystem(
+            name="cascade",
+            policy=frozen(start),
+            teacher=teacher,
+            encoder=start.prompt,
+            transcribe_context=evaluation.transcribe_context,
+            transcribe_params=instantiate(evaluation.transcribe_params),
+            params=params,
+        )
+
+    def aligned(arm: str) -> System:
+        return PolicySystem(name=arm, policy=frozen(RBASpeechLM.restore_from(files[arm])), params=params)
+
+    return {
+        "teacher": lambda: TeacherSystem(name="teacher", teacher=teacher, params=params),
+        "cascade": cascade,
+        "start": lambda: PolicySystem(name="start", policy=frozen(start), params=params),
+    } | {arm: partial(aligned, arm) for arm in files}
+
+
+def evaluate(cfg: DictConfig, data: Path, files: dict[str, Path], folder: Path) -> list:
+    """Stage d: every system answers every held-out set; goes on where an interrupted run stopped."""
+    start = instantiate(cfg.model)
+    held_out = tasks(cfg, data, folder, start)
+    predictions = []
+    for build in systems(cfg, files, start).values():
+        system = build()
+        for task in held_out:
+            predictions += run(system, task, folder)
+    return predictions
+
+
+def report(cfg: DictConfig, predictions: list, metrics: dict[str, Path], folder: Path) -> dict:
+    """Stage e: tables, plots and a verdict."""
+    labels = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade", "start": "Start (S0)"}
+    labels |= {arm: LABELS.get(arm, arm) for arm in metrics}
+    clips = cfg.trainer.max_steps // cfg.num_minibatches * cfg.data.batch_size
+    seconds = {arm: json.loads((path.parent / "done.json").read_text())["seconds"] for arm, path in metrics.items()}
+    return write_report(
+        folder=folder,
+        title=f"{cfg.name}: Reinforced Behavior Alignment",
+        roles=Roles(
+            systems=labels,
+            teacher=labels["teacher"],
+            start=labels["start"],
+            arms=[labels[arm] for arm in metrics],
+        ),
+        predictions=predictions,
+        curves=TrainingCurves(runs={labels[arm]: [path] for arm, path in metrics.items()}, panels=PANELS, step="step"),
+        budget={labels[arm]: {"clips": f"{clips:,}", "time": f"{seconds[arm]:.0f} s"} for arm in metrics},
+        notes=list(cfg.evaluation.notes),
+        num_samples=cfg.evaluation.num_samples,
+        num_draws=cfg.evaluation.num_draws,
+        seed=cfg.seed,
+    )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rebuild every asset of the laptop recipe from nothing: teacher, spoken sets, speech encoder, SALM, and the figures.
+
+    python examples/tiny/build_assets.py                    # into examples/tiny, about an hour on two CPU cores
+    python examples/tiny/build_assets.py --output /tmp/tiny --stages teacher
+
+Stages whose product exists are skipped when they are not named in ``--stages``; every stage is seeded.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+
+import torch  # noqa: E402
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+from tiny import chat, salm, train_encoder, train_salm, train_teacher, voices  # noqa: E402
+from tiny.speech import draw_texts, speak  # noqa: E402
+
+STAGES = ("teacher", "speech", "encoder", "salm", "figures")
+SEEDS = {"teacher": 0, "encoder": 1, "salm": train_salm.Recipe.seed, "figures": 11}
+TEACHER_STEPS, ENCODER_STEPS, TRAIN_CLIPS = 6000, 3500, 16000
+
+
+class Builder:
+    """Runs stages and keeps the figures in one JSON file, so that stages can run one at a time."""
+
+    def __init__(self, output: Path, work: Path):
+        self.output, self.work = output, work
+        self.teacher, self.salm, self.encoder = output / "teacher", output / "salm", work / "encoder.pt"
+        self.figures_file = output / "FIGURES.json"
+        work.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+
+    def run(self, stage: str) -> None:
+        """Run one stage and note how long it took."""
+        began = time.time()
+        figures = getattr(self, f"build_{stage}")()
+        minutes = round((time.time() - began) / 60, 1)
+        print(f"{stage}: {minutes} minutes {json.dumps(figures)}", flush=True)
+        stored = json.loads(self.figures_file.read_text()) if self.figures_file.exists() else {"minutes": {}}
+        stored.update(figures)
+        stored["minutes"][stage] = minutes
+        stored["seeds"] = SEEDS
+        self.figures_file.write_text(json.dumps(stored, indent=2) + "\n")
+
+    def build_teacher(self) -> dict:
+        """The text LLM."""
+        train_teacher.train_teacher(self.teacher, steps=TEACHER_STEPS, seed=SEEDS["teacher"])
+        return {"teacher_steps": TEACHER_STEPS}
+
+    def build_speech(self) -> dict:
+        """Clips and mel features."""
+        sets = train_encoder.spoken_sets(self.work, TRAIN_CLIPS)
+        seconds = {name: round(len(s.frames) / len(s) / 100, 2) for name, s in sets.items()}
+        return {"spoken_clips": {name: len(s) for name, s in sets.items()}, "mean_seconds": seconds}
+
+    def build_encoder(self) -> dict:
+        """The Conformer, and its word error rate on held-out requests."""
+        sets = train_encoder.spoken_sets(self.work, TRAIN_CLIPS)
+        model = train_encoder.train_encoder(
+            sets["train"], sets["dev"], self.encoder, steps=ENCODER_STEPS, seed=SEEDS["encoder"]
+        )
+        return {"encoder_steps": ENCODER_STEPS, "encoder_ctc": self._error_rates(model)}
+
+    def build_salm(self) -> dict:
+        """The SALM."""
+        recipe = train_salm.Recipe()
+        sets = train_encoder.spoken_sets(self.work, TRAIN_CLIPS)
+        folder = self.work / "salm"
+        train_salm.train_salm(folder, self.teacher, self.encoder, sets, recipe)
+        shutil.rmtree(self.salm, ignore_errors=True)
+        shutil.copytree(folder, self.salm)
+        return {"salm_recipe": asdict(recipe)}
+
+    def build_figures(self) -> dict:
+        """Read the saved assets back and measure them on the test split, in held-out voices."""
+        torch.manual_seed(SEEDS["figures"])
+        llm = LlamaForCausalLM.from_pretrained(self.teacher)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.teacher)
+        model = salm.load_salm(self.salm)
+        texts = [item.instruction for item in chat.held_out_items("test", 600, SEEDS["figures"])]
+        clips = speak(texts, "test", SEEDS["figures"])
+        heard = salm.respond(model, clips, salm.TRANSCRIBE_PROMPT, do_sample=False)
+        answers = salm.respond(model, clips, salm.INSTRUCT_PROMPT, do_sample=False)
+        inner = salm.text_llm(model)
+        return {
+            "test_voices": voices.TEST_VOICES,
+            "teacher": train_teacher.evaluate(llm, tokenizer, "test", 1000, SEEDS["figures"]),
+            "teacher_on_the_spoken_items": chat.score(texts, chat.answer(llm, tokenizer, texts)),
+            "salm_transcription": asdict(train_encoder.error_rates(texts, heard)),
+            "salm_instructions": chat.score(texts, answers),
+            "cascade": chat.score(texts, chat.answer(llm, tokenizer, heard)),
+            "salm_llm_on_text": chat.score(texts, chat.answer(inner, tokenizer, texts)),
+            "bytes": {f.name: _size(f) for f in (self.teacher, self.salm)},
+        }
+
+    def _error_rates(self, model: train_encoder.WordCTC) -> dict:
+        from tiny.speech import make_spoken_set
+
+        seen = make_spoken_set(self.work / "test_seen.pt", draw_texts("test", 400, 7), "train", 7)
+        test = train_encoder.spoken_sets(self.work, TRAIN_CLIPS)["test"]
+        return {
+            "seen_voices": asdict(train_encoder.error_rates(seen.texts, model.recognise(seen))),
+            "held_out_voices": asdict(train_encoder.error_rates(test.texts, model.recognise(test))),
+        }
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=HERE, help="where teacher/, salm/ and FIGURES.json go")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny_assets"), help="features and the CTC encoder")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    builder = Builder(arguments.output.resolve(), arguments.work.resolve())
+    for stage in arguments.stages:
+        builder.run(stage)
+
+
+if __name__ == "__main__":
+    main()

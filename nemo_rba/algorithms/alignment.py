@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reinforced Behavior Alignment: the one loop (arXiv 2509.03526).
+
+A batch of spoken prompts goes around once:
+
+    source      somebody answers: the student itself, G times (RBA), or its teacher (distillation)
+    reward      how much does each answer behave like the teacher?
+    advantage   compared with its siblings
+    objective   turns advantages, and the teacher's judgement of every token, into a loss
+    policy      takes a step
+
+``RBAAlignment.align`` is all of it. Around it is a LightningModule with manual optimisation, so that NeMo's
+``trainer`` and ``exp_manager`` sections mean what NeMo's users know: loggers, checkpoints, resume, time limits.
+One ``training_step`` is one batch; ``global_step`` counts optimiser steps.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from nemo_rba.algorithms.controllers import WarmupDecay
+from nemo_rba.algorithms.rollout import collate, prompt_index
+from nemo_rba.functional import group_is_constant
+from nemo_rba.protocols import AdvantageEstimator, LikelihoodTeacher, Metrics, Objective, Policy, RolloutSource
+from nemo_rba.rewards.mixture import RewardMixture
+from nemo_rba.synthesis.teacher import check_same_vocabulary
+from nemo_rba.types import Rollout, SamplingParams, SpeechBatch
+
+SEEDS_PER_RUN = 1_000_003  # so that no two steps of two runs with neighbouring seeds sample alike
+
+
+class RBAAlignment(LightningModule):
+    """Aligns a SpeechLM with its teacher.
+
+    Args:
+        build_model: gives the start model; called once, after the process groups exist, and once more when the
+            objective measures the distance to the start.
+        build_policy: ``build_policy(model=..., reference=...)``.
+        source, reward, advantage, objective: see ``protocols``.
+        teacher: judges tokens; None when the objective does not ask for it.
+        schedule: learning rate of each optimiser step.
+        build_loader: ``build_loader(prompt=..., sampling_rate=...)`` gives the training batches.
+        build_validation_loader: likewise the dev batches.
+        validation_params: how the student answers them.
+        num_minibatches: optimiser steps per batch of rollouts.
+        seed: of the sampling.
+    """
+
+    def __init__(
+        self, *, build_model: Callable, build_policy: Callable[..., Policy], source: RolloutSource,
+        reward: RewardMixture, advantage: AdvantageEstimator, objective: Objective, teacher: LikelihoodTeacher | None,
+        schedule: WarmupDecay, build_loader: Callable, build_validation_loader: Callable,
+        validation_params: SamplingParams, num_minibatches: int, seed: int,
+    ):  # fmt: skip
+        super().__init__()
+        self.automatic_optimization = False
+        _check(source, advantage, objective, teacher)
+        self.source, self.reward, self.advantage, self.objective = source, reward, advantage, objective
+        self.schedule, self.num_minibatches, self.seed = schedule, num_minibatches, seed
+        self.validation_params = validation_params
+        self._teacher = [teacher]  # in a list, and the policy in another: not modules of ours, not in our checkpoints
+        self._policy: list[Policy] = []
+        self._builders = (build_model, build_policy, build_loader, build_validation_loader)
+        self.num_batches = 0
+
+    # ---- the method ------------------------------------------------------------------------------------------------
+
+    def align(self, batch: SpeechBatch, take_step: Callable[[], Metrics]) -> Metrics:
+        """One batch of spoken prompts, from answers to updated weights."""
+        rollouts = self.source(self.policy, batch, seed=self.seed * SEEDS_PER_RUN + self.num_batches)
+        rewards, parts = self.reward.score(rollouts)
+        index = prompt_index(rollouts)
+        advantages = self.advantage(rewards, index) if self.objective.needs_advantages else torch.zeros_like(rewards)
+        steps = []
+        for minibatch in collate(
+            batch, rollouts, advantages, policy=self.policy, objective=self.objective, teacher=self._teacher[0],
+            num_minibatches=self.num_minibatches,
+        ):  # fmt: skip
+            steps.append(self.policy.forward_backward(minibatch, self.objective) | take_step())
+        self.num_batches += 1
+        return _mean(steps) | describe(rollouts, rewards, parts, index)
+
+    # ---- Lightning -------------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        """The student."""
+        return self._policy[0]
+
+    def configure_model(self) -> None:
+        if self._policy:
+            return
+        build_model, build_policy, _, _ = self._builders
+        self.model = build_model()
+        if self._teacher[0] is not None:
+            check_same_vocabulary(self._teacher[0].vocabulary(), self.model.prompt.vocabulary())
+        reference = build_model() if self.objective.needs_reference else None
+        self._policy.append(build_policy(model=self.model, reference=reference))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return PolicyOptimizer(self.policy, self.schedule)
+
+    def train_dataloader(self):
+        return self._builders[2](prompt=self.model.prompt, sampling_rate=self.model.sampling_rate)
+
+    def val_dataloader(self):
+        return self._builders[3](prompt=self.model.prompt, sampling_rate=self.model.sampling_rate)
+
+    def training_step(self, batch: SpeechBatch, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+
+        def take_step() -> Metrics:
+            optimizer.step()  # through Lightning, which counts it
+            return optimizer.optimizer.metrics
+
+        metrics = self.align(batch, take_step)
+        self.log_dict(metrics, batch_size=len(batch))
+        self.log("reward", metrics["reward/mean"], prog_bar=True, logger=False, batch_size=len(batch))
+
+    def validation_step(self, batch: SpeechBatch, batch_idx: int) -> None:
+        rollouts = self.policy.generate(batch, group_size=1, params=self.validation_params)
+        rewards, parts = self.reward.score(rollouts)
+        metrics = {"val/reward": rewards.mean()} | {f"val/{name}": values.mean() for name, values in parts.items()}
+        self.log_dict(metrics, batch_size=len(batch), prog_bar=True)
+
+    def transfer_batch_to_device(self, batch: SpeechBatch, device, dataloader_idx: int) -> SpeechBatch:
+        return batch  # the policy moves what it needs
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["rba"] = {"schedule": self.schedule.state_dict(), "num_batches": self.num_batches}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.schedule.load_state_dict(checkpoint["rba"]["schedule"])
+        self.num_batches = checkpoint["rba"]["num_batches"]
+
+
+class PolicyOptimizer(torch.optim.Optimizer):
+    """megatron's optimizer where Lightning expects torch's: ``step`` is ``policy.step`` at the scheduled rate."""
+
+    def __init__(self, policy: Policy, schedule: WarmupDecay):
+        self._policy, self._schedule = policy, schedule
+        self.metrics: Metrics = {}
+        super().__init__(policy.parameters(), {"lr": schedule.value})
+
+    def step(self, closure: Callable | None = None) -> None:
+        if closure is not None:
+            closure()
+        self.metrics = self._policy.step(self._schedule.value)
+        self._schedule.update(0.0)
+
+    def state_dict(self) -> dict:
+        return self._policy.state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self._policy.load_state_dict(state_dict)
+
+
+def describe(rollouts: Sequence[Rollout], rewards: Tensor, parts: dict[str, Tensor], index: Tensor) -> Metrics:
+    """What a step's answers were like: rewards, lengths, and how many groups had nothing to compare."""
+    lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], dtype=torch.float32)
+    truncated = torch.tensor([rollout.truncated for rollout in rollouts], dtype=torch.float32)
+    values = {
+        "reward/mean": rewards.mean(),
+        "rollout/length": lengths.mean(),
+        "rollout/truncated": truncated.mean(),
+        "rollout/constant_groups": group_is_constant(rewards, index).float().mean(),
+    }
+    values |= {f"reward/{name}": scores.mean() for name, scores in parts.items()}
+    return {name: float(value) for name, value in values.items()}
+
+
+def _mean(steps: Sequence[Metrics]) -> Metrics:
+    """Mean over a batch's optimiser steps; ``health/`` of the first, when the sampler still was the policy."""
+    mean = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    return mean | {name: value for name, value in steps[0].items() if name.startswith("health/")}
+
+
+def _check(
+    source: RolloutSource, advantage: AdvantageEstimator, objective: Objective, teacher: LikelihoodTeacher | None
+) -> None:
+    """Refuse at setup what could only fail, or silently learn nothing, at the first batch."""
+    if objective.needs_advantages and source.group_size < advantage.min_group_size:
+        raise ValueError(
+            f"{type(advantage).__name__} compares {advantage.min_group_size} or more answers to the same prompt, but "
+            f"rollouts.group_size is {source.group_size}; raise it, or set advantage=none"
+        )
+    if (objective.needs_teacher or objective.teacher_topk) and teacher is None:
+        raise ValueError(
+            f"{type(objective).__name__} asks a teacher for log-probabilities; configure one that gives them"
+        )

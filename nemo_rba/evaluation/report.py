@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a comparison: ``results.json`` for programs, ``report.md`` and ``report.html`` for people.
+
+It says what the numbers allow and no more: every score has its interval and number of items, every arm its number of
+seeds, and a difference whose interval contains 0 is called so. Nothing is left out because it looks bad.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from nemo_rba.evaluation import plots
+from nemo_rba.evaluation.document import Block, Bullets, Figure, Heading, Paragraph, Strong, Table, write_document
+from nemo_rba.evaluation.results import Condition, Roles, Slice, summarise
+from nemo_rba.evaluation.runner import Prediction
+from nemo_rba.evaluation.statistics import Interval
+
+NUM_SEEDS_FOR_A_CLAIM = 3
+
+
+def write_report(
+    *,
+    folder: str | Path,
+    title: str,
+    roles: Roles,
+    predictions: Sequence[Prediction],
+    curves: plots.TrainingCurves | None,
+    budget: Mapping[str, Mapping[str, str]],
+    notes: Sequence[str],
+    num_samples: int,
+    num_draws: int,
+    seed: int,
+) -> dict:
+    """Write the report into ``folder`` and return what stands in ``results.json``.
+
+    Args:
+        predictions: of all systems on all tasks, from ``runner.run``. Conditions of measure "score" are compared, those
+            of measure "wer" are listed.
+        curves: None for none.
+        budget: arm -> what it was given, e.g. {"RBA": {"clips": "1.9k", "time": "45 s"}}; columns of the gap table.
+        notes: what a reader must know besides: how settings were chosen, what was not run.
+        num_samples: sample prompts shown, half of them improved and half of them worsened by the first arm.
+        num_draws, seed: of the bootstrap and of the choice of samples.
+    """
+    conditions = summarise(predictions, roles, num_draws=num_draws, seed=seed)
+    compared = [condition for condition in conditions if condition.measure == "score"]
+    if not compared:
+        raise ValueError(f"no condition of measure 'score' among {[c.name for c in conditions]}: evaluate one first")
+    headline = _headline(compared[0], roles)
+    all_notes = [*notes, *_honest_notes(compared, roles, num_draws)]
+    results = {
+        "title": title,
+        "headline": headline,
+        "notes": all_notes,
+        "roles": asdict(roles),
+        "conditions": [asdict(condition) for condition in conditions],
+        "budget": budget,
+    }
+    blocks = [
+        *(Paragraph(sentence, is_lead=True) for sentence in headline),
+        *_systems(compared, roles),
+        *_gap(compared, roles, budget),
+        *_parts(compared, roles),
+        *_recognition(conditions, roles),
+        *_curves(curves, roles),
+        *_samples(compared[0], predictions, roles, num_samples, seed),
+        *(Heading("Notes"), Bullets(all_notes)),
+    ]
+    folder = Path(folder)
+    write_document(folder, "report", title, blocks)
+    (folder / "results.json").write_text(json.dumps(_plain(results), indent=2, ensure_ascii=False) + "\n")
+    return results
+
+
+def _headline(condition: Condition, roles: Roles) -> list[str]:
+    whole, first = condition.whole, roles.arms[0]
+    closed, seeds = whole.gap_closed[first], len(whole.seeds[first])
+    start, arm, teacher = (whole.scores[label].value for label in (roles.start, first, roles.teacher))
+    basis = f"{condition.name}, {whole.num_items} items, {seeds} seed{'s' if seeds > 1 else ''}"
+    if closed.is_defined:
+        sentences = [
+            f"{first} closed {_number(closed, ' %')} of the gap between hearing and reading: {start:.1f} before, "
+            f"{arm:.1f} after, {teacher:.1f} for the teacher who reads ({basis})."
+        ]
+    else:
+        sentences = [
+            f"There is no gap to close: start {start:.1f}, teacher {teacher:.1f}; {first} {arm:.1f} ({basis})."
+        ]
+    if roles.arms[1:]:
+        rival = whole.best_arm(roles.arms[1:])
+        difference = whole.differences[rival]
+        verdict = "" if difference.excludes_zero else ", which is not distinguishable from 0"
+        sentences.append(f"Against the best rival, {rival}: {_number(difference, ' points', sign=True)}{verdict}.")
+    return sentences
+
+
+def _systems(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
+    rows = []
+    for label in roles.labels:
+        cells = [_number(c.whole.scores[label]) if label in c.whole.scores else "–" for c in conditions]
+        rows.append([label, str(len(roles.seeds(label))), *cells])
+    header = ["system", "seeds", *(f"{c.name} ({c.whole.num_items} items)" for c in conditions)]
+    caption = (
+        "Dots: score, mean over seeds. Bars: 95 % interval over items. Rings: single seeds. Hairlines: start, teacher."
+    )
+    return [
+        Heading("How well each system follows spoken instructions"),
+        Figure("systems", plots.systems_figure(conditions, roles), caption),
+        Table(header, rows),
+    ]
+
+
+def _gap(conditions: Sequence[Condition], roles: Roles, budget: Mapping[str, Mapping[str, str]]) -> list[Block]:
+    columns = list(dict.fromkeys(column for given in budget.values() for column in given))
+    header = ["arm", *columns]
+    for condition in conditions:
+        header += [f"gap closed, {condition.name}", f"{roles.arms[0]} minus it, points"]
+    rows = []
+    for arm in roles.arms:
+        row = [arm, *(budget[arm][c] if arm in budget and c in budget[arm] else "–" for c in columns)]
+        for condition in conditions:
+            rival = arm in condition.whole.differences
+            difference = _number(condition.whole.differences[arm], sign=True) if rival else "–"
+            row += [_number(condition.whole.gap_closed[arm], " %"), difference]
+        rows.append(row)
+    caption = "Gap closed = (aligned - start) / (teacher - start), paired bootstrap over items, 95 %."
+    return [
+        Heading("How much of the modality gap was closed"),
+        Figure("gap", plots.gap_figure(conditions, roles), caption),
+        Table(header, rows),
+    ]
+
+
+def _parts(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
+    blocks: list[Block] = []
+    for condition in conditions:
+        if condition.kinds:
+            header = ["kind", "items", *roles.labels, *(f"gap closed, {arm}" for arm in roles.arms)]
+            rows = [
+                [*_part_row(kind, part, roles), *(_number(part.gap_closed[arm], " %") for arm in roles.arms)]
+                for kind, part in condition.kinds.items()
+            ]
+            blocks += [Heading(f"By kind: {condition.name}"), Table(header, rows)]
+    for condition in conditions:
+        rows = [_part_row(family, part, roles) for family, part in condition.families.items()]
+        blocks.append(Heading(f"By family: {condition.name}"))
+        if condition is conditions[0]:
+            caption = (
+                f"What {roles.arms[0]} changed, family by family (number of items); the widest gap left is on top."
+            )
+            blocks.append(Figure("families", plots.families_figure(condition, roles), caption))
+        blocks.append(Table(["family", "items", *roles.labels], rows))
+    return blocks
+
+
+def _part_row(name: str, part: Slice, roles: Roles) -> list[str]:
+    best = part.scores[part.best_arm(roles.arms)].value
+    cells = []
+    for label in roles.labels:
+        value = part.scores[label].value if label in part.scores else math.nan
+        text = "–" if math.isnan(value) else f"{value:.1f}"
+        cells.append(Strong(text) if label in roles.arms and value == best else text)
+    return [name, str(part.num_items), *cells]
+
+
+def _recognition(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
+    rows = [
+        [
+            c.name,
+            str(c.whole.num_items),
+            *(_number(c.whole.scores[x]) if x in c.whole.scores else "–" for x in roles.labels),
+        ]
+        for c in conditions
+        if c.measure == "wer"
+    ]
+    rows += [
+        [f"{c.name}: words a cascade answered to", str(c.whole.num_items)]
+        + [f"{c.heard_wer[label]:.1f}" if label in c.heard_wer else "–" for label in roles.labels]
+        for c in conditions
+        if c.heard_wer
+    ]
+    if not rows:
+        return []
+    return [
+        Heading("Recognition: word error rate in percent, lower is better"),
+        Table(["set", "items", *roles.labels], rows),
+    ]
+
+
+def _curves(curves: plots.TrainingCurves | None, roles: Roles) -> list[Block]:
+    if curves is None:
+        return []
+    caption = "Strong lines: smoothed mean over seeds. Pale lines: single seeds."
+    return [Heading("Training"), Figure("curves", plots.curves_figure(curves, roles), caption)]
+
+
+def _samples(
+    condition: Condition, predictions: Sequence[Prediction], roles: Roles, num_samples: int, seed: int
+) -> list[Block]:
+    """Items on which start and first arm differ in score, half improved and half worsened, chosen by a seeded draw."""
+    before, after, teacher = (
+        {p.id: p for p in predictions if p.task == condition.name and p.system == roles.seeds(label)[0]}
+        for label in (roles.start, roles.arms[0], roles.teacher)
+    )
+    change = {id: after[id].value - before[id].value for id in before}
+    rng = np.random.default_rng(seed)
+    rows = []
+    for verdict, sign in (("better", 1), ("worse", -1)):
+        ids = [id for id, delta in change.items() if sign * delta > 0]
+        for pick in rng.permutation(len(ids))[: num_samples // 2]:
+            item = before[ids[pick]]
+            prompt = f"[{item.context}] {item.text}" if item.context else item.text
+            answers = [side[item.id].response for side in (before, after, teacher)]
+            rows.append([verdict, prompt, *(answer or "(empty)" for answer in answers)])
+    counts = [sum(sign * delta > 0 for delta in change.values()) for sign in (1, -1)]
+    summary = (
+        f"{condition.name}: of {len(change)} items, {roles.arms[0]} (first seed) answers {counts[0]} better and "
+        f"{counts[1]} worse than the start. A seeded draw from both:"
+    )
+    header = ["now", "said", f"before: {roles.start}", f"after: {roles.arms[0]}", f"{roles.teacher}"]
+    return [Heading("Sample prompts"), Paragraph(summary), Table(header, rows, is_numeric=False)]
+
+
+def _honest_notes(conditions: Sequence[Condition], roles: Roles, num_draws: int) -> list[str]:
+    notes = [
+        f"Intervals: 95 %, percentile bootstrap over items, {num_draws} draws, paired across systems, of the mean over "
+        "seeds. They do not contain the variation between training seeds, which the rings show.",
+        "Bold in the tables by kind and family marks a row's best arm on this very test set: a description, no claim.",
+    ]
+    for arm in roles.arms:
+        if len(roles.seeds(arm)) < NUM_SEEDS_FOR_A_CLAIM:
+            notes.append(
+                f"{arm}: {len(roles.seeds(arm))} training seed(s), {NUM_SEEDS_FOR_A_CLAIM} are needed for a claim."
+            )
+    for condition in conditions:
+        share = max(closed.undefined for closed in condition.whole.gap_closed.values())
+        if share > 0:
+            notes.append(
+                f"{condition.name}: in {100 * share:.1f} % of the resamples the teacher was not better than the start; "
+                "the gap closed is undefined there, and its interval leaves them out."
+            )
+    return notes
+
+
+def _number(interval: Interval, unit: str = "", *, sign: bool = False) -> str:
+    if not interval.is_defined:
+        return "–"
+    form = "+.1f" if sign else ".1f"
+    return f"{interval.value:{form}}{unit} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def _plain(value: object) -> object:
+    """For JSON, which has no nan: null instead."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

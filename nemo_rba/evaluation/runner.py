@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask a system every item of a task and keep what it said: ``<output>/<task>/<system>.jsonl``.
+
+The file's first line says who was asked, what, and how it decoded; every further line is one ``Prediction``. Lines are
+written batch by batch, so an interrupted run goes on where it stopped; a line cut off by the interruption is dropped.
+Scores in the file are for people: they are computed anew on every run, so a corrected verifier needs no new answers.
+
+The file knows a system by its name and decoding, not by its weights: give a new checkpoint a new name or output folder.
+With several ranks all call ``run``, all get the predictions, and rank 0 writes.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from nemo_rba.evaluation.tasks import ItemTask
+from nemo_rba.functional import pad_sequences, typed
+from nemo_rba.protocols import Policy, PromptEncoder, Teacher
+from nemo_rba.types import Instruction, Rollout, SamplingParams, SpeechBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """One system's answer to one item, scored. Made by ``run``, read by ``results.py``."""
+
+    system: str
+    task: str  # the condition, ``ItemTask.name``
+    measure: str  # "score" or "wer"
+    id: str
+    family: str
+    kind: str
+    context: str
+    text: str  # the words spoken
+    heard: str  # the words the system answered to: ``text``, except for a cascade
+    reference: str  # the teacher's answer in the manifest
+    response: str
+    truncated: bool
+    value: float  # the item's share of the measure: sum of values / sum of weights, in percent
+    weight: float
+
+
+class System(Protocol):
+    """Anything that answers. Rollouts carry the instruction as the system took it (see ``Prediction.heard``)."""
+
+    name: str
+    decoding: Mapping[str, object]  # whatever changes its answers; plain JSON
+
+    def answer(self, batch: SpeechBatch) -> list[Rollout]:
+        """One rollout per prompt."""
+
+
+class PolicySystem:
+    """A SpeechLM that hears the instruction."""
+
+    def __init__(self, *, name: str, policy: Policy, params: SamplingParams):
+        self.name = name
+        self.policy = policy
+        self.params = params
+        self.decoding = asdict(params)
+
+    def answer(self, batch: SpeechBatch) -> list[Rollout]:
+        return self.policy.generate(batch, group_size=1, params=self.params)
+
+
+class TeacherSystem:
+    """The teacher, who reads the true words: the ceiling T of the modality gap."""
+
+    def __init__(self, *, name: str, teacher: Teacher, params: SamplingParams):
+        self.name = name
+        self.teacher = teacher
+        self.params = params
+        self.decoding = asdict(params)
+
+    def answer(self, batch: SpeechBatch) -> list[Rollout]:
+        return _read_and_answer(self.teacher, batch.instructions, self.params)
+
+
+class CascadeSystem:
+    """The SpeechLM writes down what it hears, then the teacher answers what was written down.
+
+    Args:
+        transcribe_context: typed prompt that makes the policy transcribe.
+        transcribe_params: decoding of the transcript (greedy, as many tokens as the longest instruction).
+        params: decoding of the teacher's answer.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        policy: Policy,
+        teacher: Teacher,
+        encoder: PromptEncoder,
+        transcribe_context: str,
+        transcribe_params: SamplingParams,
+        params: SamplingParams,
+    ):
+        self.name = name
+        self.policy = policy
+        self.teacher = teacher
+        self.encoder = encoder
+        self.transcribe_context = transcribe_context
+        self.transcribe_params = transcribe_params
+        self.params = params
+        self.decoding = asdict(params) | {
+            "transcribe_context": transcribe_context,
+            "transcribe_params": asdict(transcribe_params),
+        }
+
+    def answer(self, batch: SpeechBatch) -> list[Rollout]:
+        transcripts = self.policy.generate(self._ask_for_words(batch), group_size=1, params=self.transcribe_params)
+        heard = {rollout.prompt_index: rollout.response for rollout in transcripts}
+        instructions = [replace(item, text=heard[row]) for row, item in enumerate(batch.instructions)]
+        return _read_and_answer(self.teacher, instructions, self.params)
+
+    def _ask_for_words(self, batch: SpeechBatch) -> SpeechBatch:
+        instructions = tuple(replace(item, context=self.transcribe_context) for item in batch.instructions)
+        prompts = [torch.tensor(self.encoder.encode_prompt(item)) for item in instructions]
+        prompt_ids, mask = pad_sequences(prompts, pad_value=self.encoder.pad_id)
+        device = batch.prompt_ids.device
+        return replace(
+            batch, instructions=instructions, prompt_ids=prompt_ids.to(device), prompt_lens=mask.sum(1).to(device)
+        )
+
+
+def run(system: System, task: ItemTask, output: str | Path) -> list[Prediction]:
+    """Every item of ``task`` answered by ``system``, in the task's order; goes on with what ``output`` already has.
+
+    Raises:
+        ValueError: the file belongs to another system, task or decoding; an item has changed since; two items share
+            an id; the system did not answer every prompt of a batch exactly once.
+    """
+    path = Path(output) / _file_name(task.name, "task") / f"{_file_name(system.name, 'system')}.jsonl"
+    header = {"system": system.name, "task": task.name, "measure": task.measure, "decoding": dict(system.decoding)}
+    log = _PredictionLog(path, header)
+    answered = {prediction.id: prediction for prediction in log.read()}
+    predictions: dict[str, Prediction] = {}
+    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    for batch in tqdm(task.batches(), desc=f"{system.name} on {task.name}", unit="batch", disable=not writes):
+        missing = [item for item in batch.instructions if item.id not in answered]
+        fresh = {p.id: p for p in _predict(system, task, batch)} if missing else {}
+        if writes and missing:
+            log.append([fresh[item.id] for item in missing])
+        for item in batch.instructions:
+            if item.id in predictions:
+                raise ValueError(f"task {task.name!r} has two items with id {item.id!r}, expected unique ids")
+            kept = answered[item.id] if item.id in answered else fresh[item.id]
+            predictions[item.id] = _scored(kept, task, item, path)
+    return list(predictions.values())
+
+
+class _PredictionLog:
+    """The file of one system on one task. Nothing is written, or repaired, before the first ``append``."""
+
+    def __init__(self, path: Path, header: dict):
+        self.path = path
+        self.header = json.loads(json.dumps(header))  # as it will come back
+        self.is_open = False
+
+    def read(self) -> list[Prediction]:
+        """Predictions already there; nothing if the file does not exist or not even its header was finished."""
+        lines = self._whole_lines()
+        if not lines:
+            return []
+        found = json.loads(lines[0])
+        if found != self.header:
+            raise ValueError(
+                f"{self.path} belongs to {found}, expected {self.header}: use a new output folder, or delete the file"
+            )
+        return [Prediction(**json.loads(line)) for line in lines[1:]]
+
+    def append(self, predictions: Sequence[Prediction]) -> None:
+        if not self.is_open:
+            self._open()
+        with self.path.open("ab") as file:
+            file.writelines(_line(asdict(prediction)) for prediction in predictions)
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self._whole_lines() or [_line(self.header)]
+        with self.path.open("wb") as file:  # without a line that an interruption has cut off
+            file.writelines(whole)
+        self.is_open = True
+
+    def _whole_lines(self) -> list[bytes]:
+        if not self.path.exists():
+            return []
+        return [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _predict(system: System, task: ItemTask, batch: SpeechBatch) -> Iterator[Prediction]:
+    rollouts = sorted(system.answer(batch), key=lambda rollout: rollout.prompt_index)
+    if [rollout.prompt_index for rollout in rollouts] != list(range(len(batch))):
+        raise ValueError(
+            f"system {system.name!r} answered prompts {[rollout.prompt_index for rollout in rollouts]}, expected each "
+            f"of 0..{len(batch) - 1} once"
+        )
+    for item, rollout in zip(batch.instructions, rollouts, strict=True):
+        value, weight = task.item(item, rollout.response)
+        yield Prediction(
+            system=system.name,
+            task=task.name,
+            measure=task.measure,
+            id=item.id,
+            family=item.task,
+            kind=task.kind(item),
+            context=item.context,
+            text=item.text,
+            heard=rollout.instruction.text,
+            reference=item.response,
+            response=rollout.response,
+            truncated=rollout.truncated,
+            value=value,
+            weight=weight,
+        )
+
+
+def _scored(prediction: Prediction, task: ItemTask, item: Instruction, path: Path) -> Prediction:
+    """``prediction`` with today's score, if it still belongs to ``item``."""
+    if (prediction.context, prediction.text) != (item.context, item.text):
+        raise ValueError(
+            f"{path}: item {item.id!r} was {prediction.text!r} (context {prediction.context!r}), but now the manifest "
+            f"has {item.text!r} (context {item.context!r}): use a new output folder for a new manifest"
+        )
+    value, weight = task.item(item, prediction.response)
+    return replace(
+        prediction, family=item.task, kind=task.kind(item), reference=item.response, value=value, weight=weight
+    )
+
+
+def _line(record: dict) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+
+
+def _read_and_answer(teacher: Teacher, instructions: Sequence[Instruction], params: SamplingParams) -> list[Rollout]:
+    prompts = [
+        teacher.render([{"role": "user", "content": typed(item)}], open_turn="assistant") for item in instructions
+    ]
+    responses = teacher.generate(prompts, params)
+    return [
+        Rollout(
+            prompt_index=row,
+            instruction=item,
+            response=response,
+            token_ids=torch.empty(0, dtype=torch.int64),
+            logprobs=None,
+            truncated=not response,  # a teacher gives "" for a turn that never ended
+        )
+        for row, (item, response) in enumerate(zip(instructions, responses, strict=True))
+    ]
+
+
+def _file_name(name: str, what: str) -> str:
+    if not re.fullmatch(r"[\w][\w .,()+=-]*", name):
+        raise ValueError(f"{what} name {name!r} becomes a file name, expected letters, digits and ' .,()+=-_' only")
+    return name

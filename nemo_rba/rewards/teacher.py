@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher's own probability of the student's answer, as one number per answer.
+
+The teacher *reads* the instruction that the student *heard*. The per-token form of the same judgement is not a reward:
+it is ``dense_weight`` of ``algorithms/objectives.ClippedPolicyLoss``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_rba.functional import typed
+from nemo_rba.protocols import LikelihoodTeacher
+from nemo_rba.types import Rollout
+
+NORMALIZATIONS = ("token", "none")
+
+
+class TeacherLikelihood:
+    """log P_teacher(answer | transcript) in nats, end-of-turn token included.
+
+    Args:
+        teacher: a teacher with the student's vocabulary.
+        normalize: "token" divides by the number of tokens (does not favour short answers), "none" keeps the sum.
+        floor: lowest reward, below 0; also that of an empty answer. Bounds what one impossible token can do.
+    """
+
+    def __init__(self, *, teacher: LikelihoodTeacher, normalize: str, floor: float):
+        if normalize not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}: change normalize of TeacherLikelihood"
+            )
+        if not -torch.inf < floor < 0:
+            raise ValueError(f"floor must be finite and below 0 nats, got {floor}: change floor of TeacherLikelihood")
+        self.teacher = teacher
+        self.normalize = normalize
+        self.floor = floor
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        scores = torch.full((len(rollouts),), self.floor)
+        answered = [n for n, rollout in enumerate(rollouts) if len(rollout.token_ids)]
+        prompts = [self._prompt(rollouts[n]) for n in answered]
+        logprobs = self.teacher.logprobs(prompts, [rollouts[n].token_ids for n in answered]) if answered else []
+        for n, tokens in zip(answered, logprobs, strict=True):
+            score = tokens.float().mean() if self.normalize == "token" else tokens.float().sum()
+            scores[n] = score.clamp(min=self.floor)
+        return scores
+
+    def _prompt(self, rollout: Rollout) -> str:
+        message = {"role": "user", "content": typed(rollout.instruction)}
+        return self.teacher.render([message], open_turn="assistant")

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewards that read an answer's words. Each gives (N,) finite float32, higher is better, on the CPU.
+
+The teacher's answer is ``rollout.instruction.response``. A group often repeats itself: equal pairs are scored once.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+
+import sacrebleu
+import torch
+from torch import Tensor
+
+from nemo_rba.types import Rollout
+
+
+class ChrF:
+    """Character n-gram F-score to the teacher's answer, sentence level, in [0, 1] (Popovic 2015, sacrebleu)."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        pairs = [(_teacher_answer(rollout, self), rollout.response) for rollout in rollouts]
+        return _score_once(lambda answer, response: sacrebleu.sentence_chrf(response, [answer]).score / 100, pairs)
+
+
+class ExactMatch:
+    """1 if the answer is the teacher's but for case, punctuation, spacing and Unicode form, else 0."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        pairs = [(_teacher_answer(rollout, self), rollout.response) for rollout in rollouts]
+        return _score_once(lambda answer, response: float(normalize(answer) == normalize(response)), pairs)
+
+
+class VerifierReward:
+    """A program judges: answer match with aliases, IFEval-style constraints, unit tests.
+
+    Args:
+        verify: (words of the instruction, answer) -> score, a deterministic function.
+    """
+
+    def __init__(self, *, verify: Callable[[str, str], float]):
+        if not callable(verify):
+            raise ValueError(
+                f"verify must be a function (instruction, response) -> score, got {verify!r}: change reward.verify, "
+                "e.g. {_target_: hydra.utils.get_method, path: my_package.verify}"
+            )
+        self.verify = verify
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        return _score_once(self.verify, [(rollout.instruction.text, rollout.response) for rollout in rollouts])
+
+
+class LengthPenalty:
+    """0 up to ``max_words`` words, then falling linearly to -1 at twice as many, where it stays."""
+
+    def __init__(self, *, max_words: int):
+        if max_words < 1:
+            raise ValueError(f"max_words must be 1 or more, got {max_words}: change max_words of the length penalty")
+        self.max_words = max_words
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        words = torch.tensor([len(rollout.response.split()) for rollout in rollouts], dtype=torch.float32)
+        return -((words - self.max_words) / self.max_words).clamp(0, 1)
+
+
+class TruncationPenalty:
+    """-1 for an answer cut off at ``max_new_tokens``, else 0."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        return torch.tensor([-1.0 if rollout.truncated else 0.0 for rollout in rollouts])
+
+
+def normalize(text: str) -> str:
+    """Case-folded NFKC words, without punctuation, one space between them."""
+    words = re.sub(r"[^\w\s]|_", " ", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(words.split())
+
+
+def _score_once(score: Callable[[str, str], float], pairs: Sequence[tuple[str, str]]) -> Tensor:
+    """``score`` of every pair (N,), called once for equal pairs."""
+    scores = {pair: float(score(*pair)) for pair in dict.fromkeys(pairs)}
+    return torch.tensor([scores[pair] for pair in pairs], dtype=torch.float32)
+
+
+def _teacher_answer(rollout: Rollout, reward: object) -> str:
+    if not rollout.instruction.response:
+        raise ValueError(
+            f"{type(reward).__name__} compares with the teacher's answer, but instruction "
+            f"{rollout.instruction.id!r} has response '': let the teacher answer before alignment (rba_synthesize.py), "
+            "or drop this part from the config group reward"
+        )
+    return rollout.instruction.response

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filters: an instruction is kept, or dropped for a reason that is counted.
+
+A filter has a ``name`` and ``reason(instruction) -> str | None`` (None = keep). Reasons name the rule and not the
+item, so that their counts mean something. Most filters look at the text, ``ResponseFilter`` at the answer.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from nemo_rba.types import Instruction
+
+URL = re.compile(r"https?://|www\.|\b\w+\.(?:com|org|net|io|edu|gov)\b", re.IGNORECASE)
+MARKDOWN = re.compile(r"\*\*|__|\]\(|^\s*(?:#{1,6}|[-*+]|\d+[.)])\s", re.MULTILINE)
+CODE = re.compile(r"`|</?\w+>|\w\(\)|[{};]\s*$", re.MULTILINE)
+
+
+class Filter(Protocol):
+    """What ``apply_filters`` asks for."""
+
+    name: str
+
+    def reason(self, instruction: Instruction) -> str | None:
+        """Why to drop the instruction, or None to keep it."""
+
+
+class LengthFilter:
+    """Keeps texts of ``min_words`` to ``max_words`` words and at most ``max_characters`` characters."""
+
+    name = "length"
+
+    def __init__(self, *, min_words: int, max_words: int, max_characters: int):
+        if not 1 <= min_words <= max_words or max_characters < 1:
+            raise ValueError(f"LengthFilter: min_words={min_words}, max_words={max_words}, max_characters="
+                             f"{max_characters}; expected 1 <= min_words <= max_words, max_characters > 0")  # fmt: skip
+        self._min_words, self._max_words, self._max_characters = min_words, max_words, max_characters
+
+    def reason(self, instruction: Instruction) -> str | None:
+        """See ``Filter``."""
+        num_words = len(instruction.text.split())
+        if num_words == 0:
+            return "empty or never ended"
+        if num_words < self._min_words:
+            return f"fewer than {self._min_words} words"
+        if num_words > self._max_words:
+            return f"more than {self._max_words} words"
+        if len(instruction.text) > self._max_characters:
+            return f"more than {self._max_characters} characters"
+        return None
+
+
+class CharacterFilter:
+    """Keeps what can be spoken: letters of any script, blanks and ``punctuation``; no code, markdown or URLs.
+
+    Args:
+        punctuation: the marks allowed, e.g. ``.,?!'"-:;``.
+        digits: whether digits are allowed; false for synthesizers that drop them (FastPitch).
+    """
+
+    name = "characters"
+
+    def __init__(self, *, punctuation: str, digits: bool):
+        self._punctuation, self._digits = frozenset(punctuation), digits
+
+    def reason(self, instruction: Instruction) -> str | None:
+        """See ``Filter``."""
+        text = instruction.text
+        for pattern, what in ((URL, "a URL"), (CODE, "code"), (MARKDOWN, "markdown")):
+            if pattern.search(text):
+                return f"has {what}"
+        if not self._digits and any(character.isdigit() for character in text):
+            return "has digits"
+        return None if all(map(self._speakable, text)) else "has unspeakable characters"
+
+    def _speakable(self, character: str) -> bool:
+        # L letters, M combining marks (accents, vowel signs), N numbers; digits were looked at before
+        return character in self._punctuation or character == " " or unicodedata.category(character)[0] in "LMN"
+
+
+class RepetitionFilter:
+    """Drops texts in which some run of ``ngram`` words occurs more than ``max_repeats`` times."""
+
+    name = "repetition"
+
+    def __init__(self, *, ngram: int, max_repeats: int):
+        if ngram < 1 or max_repeats < 1:
+            raise ValueError(f"RepetitionFilter: ngram={ngram}, max_repeats={max_repeats}; expected both at least 1")
+        self._ngram, self._max_repeats = ngram, max_repeats
+
+    def reason(self, instruction: Instruction) -> str | None:
+        """See ``Filter``."""
+        words = normalize_text(instruction.text).split()
+        runs = Counter(tuple(words[i : i + self._ngram]) for i in range(len(words) - self._ngram + 1))
+        if runs and max(runs.values()) > self._max_repeats:
+            return f"repeats {self._ngram} words more than {self._max_repeats} times"
+        return None
+
+
+class DuplicateFilter:
+    """Drops texts seen before, compared by ``normalize_text``. Has a memory: one instance per data set."""
+
+    name = "duplicate"
+
+    def __init__(self):
+        self._seen: set[str] = set()
+
+    def reason(self, instruction: Instruction) -> str | None:
+        """See ``Filter``; remembers the text."""
+        text = normalize_text(instruction.text)
+        if text in self._seen:
+            return "seen before"
+        self._seen.add(text)
+        return None
+
+
+class ResponseFilter:
+    """Drops answers that are empty, never ended, or have more than ``max_words`` words."""
+
+    name = "response"
+
+    def __init__(self, *, max_words: int):
+        if max_words < 1:
+            raise ValueError(f"ResponseFilter: max_words={max_words}; expected at least 1")
+        self._max_words = max_words
+
+    def reason(self, instruction: Instruction) -> str | None:
+        """See ``Filter``."""
+        num_words = len(instruction.response.split())
+        if num_words == 0:
+            return "empty or never ended"
+        return f"more than {self._max_words} words" if num_words > self._max_words else None
+
+
+class CallableFilter:
+    """A domain's own check of the text: ``keep(text)`` says whether to keep it."""
+
+    def __init__(self, *, name: str, keep: Callable[[str], bool]):
+        self.name = name
+        self._keep = keep
+
+    def reason(self, instruction: Instruction) -> str | None:
+        """See ``Filter``."""
+        return None if self._keep(instruction.text) else "refused"
+
+
+def apply_filters(
+    instructions: Iterable[Instruction], filters: Sequence[Filter]
+) -> tuple[list[Instruction], Counter, list[tuple[Instruction, str]]]:
+    """Pass each instruction through the filters until one drops it.
+
+    Returns:
+        The kept ones in order, the counts by ``"<filter name>: <reason>"``, and the dropped ones with their reasons.
+    """
+    kept, counts, dropped = [], Counter(), []
+    for instruction in instructions:
+        reason = first_reason(instruction, filters)
+        if reason is None:
+            kept.append(instruction)
+        else:
+            counts[reason] += 1
+            dropped.append((instruction, reason))
+    return kept, counts, dropped
+
+
+def first_reason(instruction: Instruction, filters: Sequence[Filter]) -> str | None:
+    """``"<filter name>: <reason>"`` of the first filter that drops the instruction, or None."""
+    for candidate in filters:
+        reason = candidate.reason(instruction)
+        if reason is not None:
+            return f"{candidate.name}: {reason}"
+    return None
+
+
+def normalize_text(text: str) -> str:
+    """Lower case, without punctuation, single blanks: two texts that sound alike come out equal."""
+    letters = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text.replace("'", ""))
+    return " ".join(unicodedata.normalize("NFKC", letters).casefold().split())

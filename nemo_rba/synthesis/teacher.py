@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher: an aligned LLM that reads text, writes instructions and answers, and judges other people's words.
+
+``HFTeacher`` runs a Hugging Face folder in this process. Deltas from ``transformers.generate``: no setting is taken
+from the folder's generation_config (no hidden top-k or repetition penalty), randomness belongs to the prompt's place in
+the list and the seed (so neither batch size nor sorting changes a text), and finished rows leave the batch.
+``OpenAITeacher`` asks a server with OpenAI's protocol (vLLM, NIM, TensorRT-LLM); it writes but does not judge.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import requests
+import torch
+from torch import Tensor
+
+from nemo_rba.types import SamplingParams
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SENTINEL = "nemorbasentinel"  # stands for a message's content where a chat template is taken apart
+
+
+class HFTeacher:
+    """A causal LM of a Hugging Face folder. Offers ``protocols.LikelihoodTeacher``.
+
+    Args:
+        path: folder with config.json, weights (safetensors), tokenizer and chat template.
+        batch_size: prompts per forward pass.
+        device: ``cpu``, ``cuda``, ``cuda:1``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; log-probabilities are float32 in any case.
+
+    Raises:
+        ValueError: folder, tokenizer, chat template or weights missing or incomplete, or an unknown dtype.
+    """
+
+    def __init__(self, *, path: str, batch_size: int, device: str, dtype: str):
+        from transformers import AutoTokenizer
+
+        if batch_size < 1:
+            raise ValueError(f"teacher.batch_size is {batch_size}; expected at least 1")
+        if dtype not in DTYPES:
+            raise ValueError(f"teacher.dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+        _check_folder(Path(path))
+        self._batch_size, self._device = batch_size, device
+        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer in {path} (teacher.path) has no chat template, so this is a base model; choose an "
+                "instruction-tuned one, or put its chat_template.jinja into the folder"
+            )
+        self._model = _load_model(path, DTYPES[dtype]).to(device).eval()
+        self._user_end = _end_of_turn(self._tokenizer, "user")
+        self._stop_ids = self._find_stop_ids()
+
+    def render(self, messages: Sequence[dict[str, str]], *, open_turn: str) -> str:
+        """Chat text of ``messages`` with the turn of role ``open_turn`` (``user`` or ``assistant``) left open."""
+        if open_turn == "assistant":
+            return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        if open_turn != "user":
+            raise ValueError(f"open_turn is {open_turn!r}; expected 'user' or 'assistant'")
+        if self._user_end is None:
+            raise ValueError(
+                "this teacher's chat template does not close the user's turn with a special token, so it cannot say "
+                "when an instruction ends; choose another teacher.path for sampling instructions"
+            )
+        opened = [*messages, {"role": "user", "content": SENTINEL}]
+        return self._tokenizer.apply_chat_template(opened, tokenize=False).partition(SENTINEL)[0]
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[str]:
+        """One completion per rendered prompt, cut before the end of the turn; "" if the turn never ended."""
+        if not 0 < params.top_p <= 1 or params.temperature < 0 or params.max_new_tokens < 1:
+            raise ValueError(f"{params}: expected 0 < top_p <= 1, temperature >= 0 and max_new_tokens >= 1")
+        rows = self._encode(prompts, room=params.max_new_tokens)
+        generator = torch.Generator().manual_seed(params.seed)
+        draws = torch.rand(len(rows), params.max_new_tokens, generator=generator).to(self._device)  # (N, T)
+        completions = [""] * len(rows)
+        for batch in self._batches([len(row) for row in rows]):
+            written = self._decode_batch([rows[i] for i in batch], draws[batch], params)
+            texts = self._tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for i, text in zip(batch, texts, strict=True):
+                completions[i] = text.strip()
+        return completions
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token string -> id; see ``check_same_vocabulary``."""
+        return self._tokenizer.get_vocab()
+
+    def logprobs(self, prompts: Sequence[str], responses: Sequence[Tensor]) -> list[Tensor]:
+        """Log-probability of each token of ``responses[i]`` (T_i,) after ``prompts[i]``: (T_i,) float32, on the CPU."""
+
+        def of_tokens(logits: Tensor, ids: Tensor) -> Tensor:
+            return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+
+        return self._score(prompts, responses, of_tokens)
+
+    def topk_logprobs(self, prompts: Sequence[str], responses: Sequence[Tensor], k: int) -> list[tuple[Tensor, Tensor]]:
+        """The k likeliest tokens before each token: ids (T_i, K) and float32 log-probabilities (T_i, K), on the CPU."""
+        size = self._vocabulary_size
+        if not 1 <= k <= size:
+            raise ValueError(f"asked for the {k} likeliest of {size} tokens; lower the objective's teacher_topk")
+
+        def of_candidates(logits: Tensor, _ids: Tensor) -> tuple[Tensor, Tensor]:
+            values, ids = logits.topk(k, dim=-1)
+            return ids.cpu(), (values - logits.logsumexp(-1, keepdim=True)).cpu()
+
+        return self._score(prompts, responses, of_candidates)
+
+    @property
+    def _vocabulary_size(self) -> int:
+        return self._model.get_output_embeddings().weight.shape[0]
+
+    @torch.inference_mode()
+    def _score(self, prompts: Sequence[str], responses: Sequence[Tensor], of_row) -> list:
+        """``of_row(logits (T_i, V) float32, ids (T_i,))`` for every response, in the order given."""
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses; expected as many")
+        longest = max((len(ids) for ids in responses), default=0)
+        rows = self._encode(prompts, room=longest)
+        self._check_ids(responses)
+        results: list = [None] * len(rows)
+        for batch in self._batches([len(rows[i]) + len(responses[i]) for i in range(len(rows))]):
+            tails = [responses[i].to(self._device) for i in batch]
+            logits = self._response_logits([rows[i] for i in batch], tails)
+            for i, ids, row_logits in zip(batch, tails, logits, strict=True):
+                result = of_row(row_logits[: len(ids)].float(), ids)
+                results[i] = result.cpu() if isinstance(result, Tensor) else result
+        return results
+
+    def _response_logits(self, rows: list[list[int]], tails: list[Tensor]) -> Tensor:
+        """(B, T, V) logits before each response token. Prompts are padded left and responses right, so that all
+        responses begin in one column and nothing but their positions passes through the LM head."""
+        ids, mask = self._pad_left(rows)  # (B, P)
+        tail = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True, padding_value=self._pad_id)  # (B, T)
+        lengths = torch.tensor([len(t) for t in tails], device=self._device)
+        tail_mask = torch.arange(tail.shape[1], device=self._device) < lengths[:, None]
+        mask = torch.cat([mask, tail_mask.long()], dim=1)
+        output = self._model(
+            input_ids=torch.cat([ids, tail], dim=1),
+            attention_mask=mask,
+            position_ids=_positions(mask),
+            use_cache=False,
+            logits_to_keep=tail.shape[1] + 1,
+        )
+        return output.logits[:, :-1]
+
+    def _decode_batch(self, rows: list[list[int]], draws: Tensor, params: SamplingParams) -> list[list[int]]:
+        """Token ids written after each row, without the stop token; [] where it never came."""
+        from transformers import DynamicCache
+
+        written: list[list[int]] = [[] for _ in rows]
+        finished = set()
+        alive = torch.arange(len(rows), device=self._device)  # rows still in the batch
+        stop = torch.tensor(sorted(self._stop_ids), device=self._device)
+        ids, mask = self._pad_left(rows)
+        positions, cache = _positions(mask), DynamicCache()
+        for step in range(params.max_new_tokens):
+            logits = self._model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]  # fmt: skip
+            token = _sample(logits.float(), draws[alive, step], params)  # (rows alive,)
+            stopped = torch.isin(token, stop)
+            for row, value, is_stop in zip(alive.tolist(), token.tolist(), stopped.tolist(), strict=True):
+                finished.add(row) if is_stop else written[row].append(value)
+            keep = torch.nonzero(~stopped)[:, 0]
+            if len(keep) == 0:
+                break
+            if len(keep) < len(alive):
+                cache.batch_select_indices(keep)
+                alive, token, mask, positions = alive[keep], token[keep], mask[keep], positions[keep]
+            ids, positions = token[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        return [tokens if row in finished else [] for row, tokens in enumerate(written)]
+
+    def _encode(self, prompts: Sequence[str], *, room: int) -> list[list[int]]:
+        """Token ids of rendered prompts, whose text already holds every special token."""
+        if not prompts:
+            return []
+        rows = self._tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        longest, limit = max(len(row) for row in rows), self._tokenizer.model_max_length
+        if longest + room > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and a response of up to {room} do not fit the teacher's {limit} tokens; "
+                "lower max_new_tokens or shorten the context"
+            )
+        return rows
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Indices in batches of similar length, the longest first, so that memory runs out at once or never."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        for start in range(0, len(order), self._batch_size):
+            yield order[start : start + self._batch_size]
+
+    def _pad_left(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([[self._pad_id] * (width - len(row)) + row for row in rows], device=self._device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self._device)
+        return ids, mask
+
+    @property
+    def _pad_id(self) -> int:
+        return min(self._stop_ids)  # always masked, so any valid id serves, and not every tokenizer has a pad token
+
+    def _check_ids(self, responses: Sequence[Tensor]) -> None:
+        size = self._vocabulary_size
+        for ids in responses:
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+                raise ValueError(f"a response has token id {int(ids.max())}, but the teacher has {size} tokens; they "
+                                 "must share a vocabulary (check_same_vocabulary)")  # fmt: skip
+
+    def _find_stop_ids(self) -> set[int]:
+        stops = {self._user_end, _end_of_turn(self._tokenizer, "assistant"), self._tokenizer.eos_token_id} - {None}
+        if not stops:
+            raise ValueError("the teacher's tokenizer has no end-of-turn token and no eos_token; set eos_token in its "
+                             "tokenizer_config.json")  # fmt: skip
+        return stops
+
+
+class OpenAITeacher:
+    """A model behind an OpenAI-compatible server. Offers ``protocols.Teacher``, not likelihoods.
+
+    Repeatable only as far as the server honours ``seed``; what ``SelfSynthesis`` has received it keeps.
+
+    Args:
+        base_url: up to and with ``/v1``.
+        model: name under which the server offers the model.
+        api_key_env: environment variable that holds the key; "" for a server that asks for none.
+        pre_query: the model's chat template up to the user's words, e.g. ``<|im_start|>user\\n``; "" if instructions
+            are not sampled from it.
+        stop: text that ends a user's turn, e.g. ``<|im_end|>``.
+        num_parallel: requests under way at the same time.
+        timeout_seconds: for one request.
+        max_retries: further attempts, after 1, 2, 4, ... seconds, when the server is busy, failing or away.
+
+    Raises:
+        ValueError: no server, no such model, or a missing or wrong key.
+    """
+
+    def __init__(self, *, base_url: str, model: str, api_key_env: str, pre_query: str, stop: str, num_parallel: int,
+                 timeout_seconds: float, max_retries: int):  # fmt: skip
+        if num_parallel < 1 or max_retries < 0 or timeout_seconds <= 0:
+            raise ValueError(f"teacher: num_parallel={num_parallel}, max_retries={max_retries}, timeout_seconds="
+                             f"{timeout_seconds}; expected at least 1, at least 0, above 0")  # fmt: skip
+        if api_key_env and api_key_env not in os.environ:
+            raise ValueError(f"teacher.api_key_env names {api_key_env}, which is not set; export it, or give ''")
+        self._headers = {"Authorization": f"Bearer {os.environ[api_key_env]}"} if api_key_env else {}
+        self._url, self._model, self._pre_query, self._stop = base_url.rstrip("/"), model, pre_query, stop
+        self._num_parallel, self._timeout, self._max_retries = num_parallel, timeout_seconds, max_retries
+        offered = [entry["id"] for entry in self._request("GET", "/models", None)["data"]]
+        if model not in offered:
+            raise ValueError(f"{base_url} offers {offered[:10]}, not {model!r}; change teacher.model")
+
+    def render(self, messages: Sequence[dict[str, str]], *, open_turn: str) -> str:
+        """The messages as JSON, as the server applies the chat template itself; or the pre-query template."""
+        if open_turn == "assistant":
+            return json.dumps(list(messages))
+        if messages or not self._pre_query:
+            raise ValueError("a hosted teacher opens the user's turn only without messages before it, and with "
+                             f"teacher.pre_query, which is {self._pre_query!r}")  # fmt: skip
+        return self._pre_query
+
+    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[str]:
+        """One completion per rendered prompt; "" if the turn never ended."""
+        with ThreadPoolExecutor(self._num_parallel) as pool:
+            return list(pool.map(lambda i: self._complete(prompts[i], params, i), range(len(prompts))))
+
+    def _complete(self, prompt: str, params: SamplingParams, index: int) -> str:
+        body = {
+            "model": self._model,
+            "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "seed": (params.seed + index) % 2**31,  # servers take 32 bits
+        }
+        if prompt == self._pre_query:
+            choice = self._request("POST", "/completions", body | {"prompt": prompt, "stop": [self._stop]})["choices"][
+                0
+            ]
+            text = choice["text"]
+        else:
+            body["messages"] = json.loads(prompt)
+            choice = self._request("POST", "/chat/completions", body)["choices"][0]
+            text = choice["message"]["content"]
+        return text.strip() if choice["finish_reason"] == "stop" and text else ""
+
+    def _request(self, method: str, path: str, body: dict | None) -> dict:
+        for attempt in range(self._max_retries + 1):
+            if attempt:
+                time.sleep(2 ** (attempt - 1))
+            try:
+                reply = requests.request(
+                    method, self._url + path, json=body, headers=self._headers, timeout=self._timeout
+                )
+            except requests.RequestException as error:
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            if reply.ok:
+                return reply.json()
+            problem = f"HTTP {reply.status_code}: {reply.text[:200]}"
+            if reply.status_code not in (408, 409, 429) and reply.status_code < 500:
+                break
+        raise ValueError(f"the teacher's server {self._url}{path} did not answer ({problem}); check teacher.base_url, "
+                         "teacher.model and the key in teacher.api_key_env, then run again")  # fmt: skip
+
+
+def check_same_vocabulary(teacher_vocab: dict[str, int], student_vocab: dict[str, int]) -> None:
+    """Raise ValueError unless every teacher token has the same id in the student.
+
+    Dense judgement compares ids, so one shifted token would silently reward the wrong words. The student may have
+    further tokens of its own, such as the audio locator, which it never writes.
+    """
+    ordered = sorted(teacher_vocab.items(), key=lambda item: item[1])
+    different = [
+        (token, index) for token, index in ordered if token not in student_vocab or student_vocab[token] != index
+    ]
+    if not different:
+        return
+    shown = [
+        f"{t!r} is {i} for the teacher, {student_vocab.get(t, 'absent')} for the student" for t, i in different[:5]
+    ]
+    raise ValueError(
+        f"teacher and student differ in {len(different)} of {len(ordered)} tokens: {'; '.join(shown)}. Token-level "
+        "judgement needs a teacher of the student's family: change teacher.path, or use a reward over text"
+    )
+
+
+def _sample(logits: Tensor, draws: Tensor, params: SamplingParams) -> Tensor:
+    """logits (B, V), uniform draws (B,) -> token ids (B,), by inversion over the nucleus; greedy at temperature 0."""
+    if params.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits / params.temperature).softmax(-1)
+    if params.top_p == 1:
+        cumulative = probabilities.cumsum(-1)
+        return (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)
+    probabilities, ids = probabilities.sort(-1, descending=True)
+    cumulative = probabilities.cumsum(-1)
+    size = ((cumulative - probabilities) < params.top_p).sum(-1, keepdim=True)  # tokens in the nucleus
+    mass = cumulative.gather(-1, size - 1)
+    chosen = (cumulative <= draws[:, None] * mass).sum(-1, keepdim=True).minimum(size - 1)
+    return ids.gather(-1, chosen)[:, 0]
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def _end_of_turn(tokenizer, role: str) -> int | None:
+    """Id of the special token that follows a message of ``role`` in the chat template; None if there is none."""
+    messages = [{"role": "user", "content": SENTINEL if role == "user" else "hello"}]
+    if role == "assistant":
+        messages.append({"role": "assistant", "content": SENTINEL})
+    after = tokenizer.apply_chat_template(messages, tokenize=False).partition(SENTINEL)[2]
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return ids[0] if ids and ids[0] in special else None
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ValueError(f"no model in {path} (teacher.path): config.json is missing; give a Hugging Face model's "
+                         "folder, e.g. one that `hf download <name> --local-dir <folder>` wrote")  # fmt: skip
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ValueError(f"no tokenizer in {path} (teacher.path): tokenizer.json is missing; copy it from the model")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        raise ValueError(f"no weights in {path} (teacher.path): *.safetensors is missing; download the whole model")
+
+
+def _load_model(path: str, dtype: torch.dtype):
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"the weights in {path} (teacher.path) lack {len(missing)} tensors ({', '.join(missing[:3])})"
+                         "; download the whole model")  # fmt: skip
+    return model

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from nemo_rba.synthesis.filters import (
+    CallableFilter,
+    CharacterFilter,
+    DuplicateFilter,
+    LengthFilter,
+    RepetitionFilter,
+    ResponseFilter,
+    apply_filters,
+    normalize_text,
+)
+from nemo_rba.types import Instruction
+
+
+def instruction(text: str, response: str = "") -> Instruction:
+    return Instruction(id="x", text=text, response=response, task="t")
+
+
+def test_length():
+    length = LengthFilter(min_words=2, max_words=4, max_characters=20)
+    assert length.reason(instruction("say hello")) is None
+    assert length.reason(instruction("")) == "empty or never ended"
+    assert length.reason(instruction("hello")) == "fewer than 2 words"
+    assert length.reason(instruction("a b c d e")) == "more than 4 words"
+    assert length.reason(instruction("aaaaaaaaaaa bbbbbbbbbbbb")) == "more than 20 characters"
+    with pytest.raises(ValueError, match="min_words=5, max_words=4"):
+        LengthFilter(min_words=5, max_words=4, max_characters=20)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("What is your name, please?", None),
+        ("wie heißt du", None),
+        ("你叫什么名字", None),
+        ("नमस्ते आप कैसे हैं", None),
+        ("see https://nvidia.com/x", "has a URL"),
+        ("go to example.org", "has a URL"),
+        ("run `ls`", "has code"),
+        ("call main() now", "has code"),
+        ("use <b> here", "has code"),
+        ("make **this** bold", "has markdown"),
+        ("- one", "has markdown"),
+        ("1. one", "has markdown"),
+        ("# title", "has markdown"),
+        ("what is 3 plus 4", "has digits"),
+        ("a = b", "has unspeakable characters"),
+        ("line\nbreak", "has unspeakable characters"),
+        ("smile 😀", "has unspeakable characters"),
+    ],
+)
+def test_characters(text, reason):
+    assert CharacterFilter(punctuation=".,?!'", digits=False).reason(instruction(text)) == reason
+
+
+def test_digits_can_be_allowed():
+    assert CharacterFilter(punctuation="", digits=True).reason(instruction("what is 3 plus 4")) is None
+
+
+def test_repetition():
+    repetition = RepetitionFilter(ngram=2, max_repeats=2)
+    assert repetition.reason(instruction("the cat saw the cat")) is None
+    assert repetition.reason(instruction("The cat, the cat: the cat")) == "repeats 2 words more than 2 times"
+    assert repetition.reason(instruction("word")) is None
+
+
+def test_duplicates_are_found_by_sound():
+    duplicate = DuplicateFilter()
+    assert duplicate.reason(instruction("What's up?")) is None
+    assert duplicate.reason(instruction("whats UP")) == "seen before"
+    assert DuplicateFilter().reason(instruction("whats UP")) is None
+    assert normalize_text("  Hé,  World!  ") == "hé world"
+    assert normalize_text("\ufb01ne") == "fine"
+
+
+def test_response():
+    response = ResponseFilter(max_words=3)
+    assert response.reason(instruction("x", "one two three")) is None
+    assert response.reason(instruction("x", " ")) == "empty or never ended"
+    assert response.reason(instruction("x", "one two three four")) == "more than 3 words"
+
+
+def test_apply_filters_counts_the_first_reason():
+    filters = [
+        LengthFilter(min_words=1, max_words=2, max_characters=99),
+        CallableFilter(name="domain", keep=lambda text: "cat" in text),
+        DuplicateFilter(),
+    ]
+    texts = ["a cat", "a dog", "a big cat", "A cat!", "a dog"]
+    kept, counts, dropped = apply_filters([instruction(text) for text in texts], filters)
+    assert [item.text for item in kept] == ["a cat"]
+    assert counts == {"domain: refused": 2, "length: more than 2 words": 1, "duplicate: seen before": 1}
+    assert [(item.text, reason) for item, reason in dropped][1] == ("a big cat", "length: more than 2 words")
+    assert len(kept) + len(dropped) == len(texts)

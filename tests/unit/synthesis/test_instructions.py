@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+from conftest import FakeTeacher
+
+from nemo_rba.synthesis.filters import CallableFilter, DuplicateFilter, ResponseFilter
+from nemo_rba.synthesis.instructions import MagpieSampler, TextStage, answer, user_message
+from nemo_rba.types import SamplingParams
+
+PARAMS = SamplingParams(max_new_tokens=8)
+
+
+def sampler(teacher, **changes):
+    settings = {"batch_size": 6, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 30, "seed": 2}
+    return MagpieSampler(**({"teacher": teacher} | settings | changes))
+
+
+def stage(folder, teacher=None, **changes) -> TextStage:
+    teacher = teacher or FakeTeacher()
+    settings = {
+        "teacher": teacher,
+        "sampler": sampler(teacher, batch_size=20),
+        "instruction_filters": [DuplicateFilter()],
+        "response_filters": [ResponseFilter(max_words=10)],
+        "response_params": PARAMS,
+        "context": "",
+        "split_of": lambda text: "test" if "cat" in text else "train",
+        "task_of": lambda text: "cats" if "cat" in text else "others",
+        "kind_of": lambda text: "closed" if text.startswith("what") else "open",
+        "folder": folder,
+        "seed": 1,
+    }
+    return TextStage(**(settings | changes))
+
+
+def test_batches_are_seeded_and_independent(teacher):
+    first = sampler(teacher)
+    assert first.batch(3) == sampler(teacher).batch(3)
+    assert first.batch(3) != first.batch(4)
+    assert sampler(teacher, seed=9).batch(3) != first.batch(3)
+    assert len(first.batch(0)) == 6
+
+
+def test_the_pre_query_prompt_is_the_open_user_turn():
+    class Listener(FakeTeacher):
+        def generate(self, prompts, params):
+            self.heard = prompts, params
+            return [""] * len(prompts)
+
+    listener = Listener()
+    sampler(listener, temperature=0.7, top_p=0.9).batch(0)
+    prompts, params = listener.heard
+    assert prompts == ["<user>"] * 6
+    assert (params.temperature, params.top_p, params.max_new_tokens) == (0.7, 0.9, 30)
+
+
+def test_impossible_sampling_is_refused(teacher):
+    with pytest.raises(ValueError, match=r"sampler.temperature is 0"):
+        sampler(teacher, temperature=0)
+    with pytest.raises(ValueError, match=r"sampler.batch_size is 0"):
+        sampler(teacher, batch_size=0)
+
+
+def test_answers_follow_context_and_text():
+    assert user_message("hello", "") == {"role": "user", "content": "hello"}
+    assert user_message("hello", "Say:") == {"role": "user", "content": "Say:\nhello"}
+    assert answer(FakeTeacher(), ["one two"], PARAMS, "Say:") == ["two one Say: 0"]
+
+
+def test_quotas_are_met_exactly(tmp_path):
+    quotas = {("train", "open"): 30, ("train", "closed"): 3, ("test", ""): 5}
+    result = stage(tmp_path).run(quotas, max_batches=100)
+    assert result.missing == {}
+    assert {name: len(items) for name, items in result.splits.items()} == {"train": 33, "test": 5}
+    assert sum(item.text.startswith("what") for item in result.splits["train"]) == 3
+    assert all("cat" in item.text and item.task == "cats" for item in result.splits["test"])
+    first = result.splits["train"][0]
+    assert first.response.startswith(" ".join(reversed(first.text.split())))
+    assert 38 + len(result.dropped) == result.num_sampled == 20 * result.num_batches
+    reasons = {reason for _, reason in result.dropped}
+    assert "duplicate: seen before" in reasons
+    assert "quota: train/open is full" in reasons
+
+
+def test_what_is_not_asked_for_is_counted(tmp_path):
+    result = stage(tmp_path).run({("train", "open"): 10}, max_batches=2)
+    assert "quota: no split 'test' with kind 'open' is asked for" in {reason for _, reason in result.dropped}
+
+
+def test_missing_quotas_are_told(tmp_path):
+    result = stage(tmp_path).run({("train", ""): 1000}, max_batches=2)
+    assert result.num_batches == 2
+    assert result.missing == {("train", ""): 1000 - len(result.splits["train"])}
+
+
+def test_a_second_run_asks_the_teacher_nothing(tmp_path):
+    quotas = {("train", ""): 50, ("test", ""): 4}
+    first = stage(tmp_path).run(quotas, max_batches=50)
+    again = FakeTeacher()
+    second = stage(tmp_path, again).run(quotas, max_batches=50)
+    assert again.calls == 0
+    assert second == first
+
+
+def test_refused_answers_make_room(tmp_path):
+    refuse = CallableFilter(name="no dogs", keep=lambda text: "dog" not in text)
+    result = stage(tmp_path, response_filters=[refuse]).run({("train", ""): 60}, max_batches=50)
+    assert len(result.splits["train"]) == 60
+    assert any(reason == "no dogs: refused" and item.response for item, reason in result.dropped)
+
+
+def test_damaged_batch_files_are_named(tmp_path):
+    stage(tmp_path).run({("train", ""): 20}, max_batches=9)
+    path = tmp_path / "batch-00000.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(rows[:-1]) + "\n" + rows[-1][:10])
+    with pytest.raises(ValueError, match=r"batch-00000.jsonl line 20 is damaged; delete the file"):
+        stage(tmp_path).run({("train", ""): 20}, max_batches=9)
+    path.write_text("".join(json.dumps({"text": json.loads(row)["text"], "response": None}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="does not fit this configuration"):
+        stage(tmp_path).run({("train", ""): 20}, max_batches=9)
