@@ -15,27 +15,32 @@ from nemo_rba.stages import Stages
 @hydra_runner(config_path="../conf", config_name="rba_tiny")
 def main(cfg: DictConfig) -> None:
     recipe.preflight(cfg)
+    arms = recipe.arms(cfg)
     stages = Stages(cfg.output)
     data = stages.run("synthesis", recipe.keys(cfg, recipe.SYNTHESIS), lambda folder: recipe.synthesize(cfg, folder))
-    files, metrics = {}, {}
-    for arm, arm_cfg in recipe.arms(cfg).items():
-        folder = stages.run(
+    folders = {
+        arm: stages.run(
             f"align_{arm}",
             recipe.keys(arm_cfg, recipe.ALIGNMENT),
             lambda folder, arm=arm, arm_cfg=arm_cfg: recipe.align(arm_cfg, data, folder, arm),
             after=["synthesis"],
         )
-        files[arm], metrics[arm] = folder / f"{arm}.nemo", folder / "metrics.jsonl"
+        for arm, arm_cfg in arms.items()
+    }
+    files = {arm: folder / f"{arm}.nemo" for arm, folder in folders.items()}
+    manifests = {name: data / split for name, split in cfg.conditions.items()}
 
-    def evaluate(folder) -> None:
-        predictions = recipe.evaluate(cfg, data, files, folder)
-        recipe.report(cfg, predictions, metrics, folder)
+    def evaluate_and_report(folder) -> None:
+        predictions = recipe.evaluate(cfg, manifests, files, folder)
+        recipe.report(cfg, predictions, list(arms), folder, recipe.training(cfg, folders))
 
-    folder = stages.run(
-        "report", recipe.keys(cfg, recipe.EVALUATION), evaluate, after=["synthesis", *(f"align_{arm}" for arm in files)]
+    report = stages.run(
+        "report",
+        recipe.keys(cfg, recipe.EVALUATION),
+        evaluate_and_report,
+        after=["synthesis", *(f"align_{arm}" for arm in arms)],
     )
-    logging.info((folder / "report.md").read_text().split("\n\n")[1])
-    logging.info(f"model: {files[cfg.arm]}   report: {folder / 'report.html'}")
+    logging.info(f"model: {files[cfg.arm]}   report: {report / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from nemo_rba.distributed.strategy import MegatronStrategy
 from nemo_rba.evaluation.plots import TrainingCurves
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
-from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, System, TeacherSystem, run
-from nemo_rba.evaluation.tasks import InstructionFollowingTask
+from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, Prediction, System, TeacherSystem, run
+from nemo_rba.evaluation.tasks import ItemTask
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 
 SYNTHESIS = ("teacher", "synthesis")  # what each stage's result depends on
@@ -37,7 +37,7 @@ ALIGNMENT = (
     "model", "teacher", "rollouts", "reward", "advantage", "objective", "policy", "schedule", "num_minibatches", "data",
     "trainer", "validation", "seed",
 )  # fmt: skip
-EVALUATION = ("model", "teacher", "evaluation", "data", "seed", "name")
+EVALUATION = ("model", "teacher", "evaluation", "conditions", "data", "seed", "name")
 LABELS = {"rba": "RBA", "sft": "SFT", "distillation": "SFT", "forward_kl": "Forward KL", "reverse_kl": "Reverse KL"}
 PANELS = {
     "Reward": "reward/mean",
@@ -151,19 +151,19 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
     module.model.save_to(str(folder / f"{arm}.nemo"))
 
 
-def tasks(cfg: DictConfig, data: Path, folder: Path, model: RBASpeechLM) -> list[InstructionFollowingTask]:
+def tasks(cfg: DictConfig, manifests: dict[str, Path], folder: Path, model: RBASpeechLM) -> list[ItemTask]:
     """The held-out sets of the report."""
-    verify, kinds = instantiate(cfg.evaluation.verify), instantiate(cfg.evaluation.kinds)
+    make_task = instantiate(cfg.evaluation.task)
 
-    def one(name: str, split: str) -> InstructionFollowingTask:
-        build = loader_builder(cfg, data / split, folder / "quarantine.jsonl", train=False)
+    def one(name: str, manifest: Path) -> ItemTask:
+        build = loader_builder(cfg, manifest, folder / "quarantine.jsonl", train=False)
         loader = build(prompt=model.prompt, sampling_rate=model.sampling_rate)
-        return InstructionFollowingTask(name=name, batches=lambda: loader, verify=verify, kinds=kinds)
+        return make_task(name=name, batches=lambda: loader)
 
-    return [one(name, split) for name, split in cfg.evaluation.conditions.items()]
+    return [one(name, manifest) for name, manifest in manifests.items()]
 
 
-def systems(cfg: DictConfig, files: dict[str, Path], start: RBASpeechLM) -> dict[str, Callable[[], System]]:
+def systems(cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]) -> list[Callable[[], System]]:
     """Everyone who is compared, built when needed: T, the cascade, S0, and every aligned model."""
     evaluation, teacher = cfg.evaluation, instantiate(cfg.teacher)
     params = instantiate(evaluation.params)
@@ -185,45 +185,51 @@ def systems(cfg: DictConfig, files: dict[str, Path], start: RBASpeechLM) -> dict
     def aligned(arm: str) -> System:
         return PolicySystem(name=arm, policy=frozen(RBASpeechLM.restore_from(files[arm])), params=params)
 
-    return {
-        "teacher": lambda: TeacherSystem(name="teacher", teacher=teacher, params=params),
-        "cascade": cascade,
-        "start": lambda: PolicySystem(name="start", policy=frozen(start), params=params),
-    } | {arm: partial(aligned, arm) for arm in files}
+    return [
+        lambda: TeacherSystem(name="teacher", teacher=teacher, params=params),
+        cascade,
+        lambda: PolicySystem(name="start", policy=frozen(start), params=params),
+        *(partial(aligned, arm) for arm in files),
+    ]
 
 
-def evaluate(cfg: DictConfig, data: Path, files: dict[str, Path], folder: Path) -> list:
+def evaluate(cfg: DictConfig, manifests: dict[str, Path], files: dict[str, Path], folder: Path) -> list[Prediction]:
     """Stage d: every system answers every held-out set; goes on where an interrupted run stopped."""
     start = instantiate(cfg.model)
-    held_out = tasks(cfg, data, folder, start)
+    held_out = tasks(cfg, manifests, folder, start)
     predictions = []
-    for build in systems(cfg, files, start).values():
+    for build in systems(cfg, start, files):
         system = build()
         for task in held_out:
             predictions += run(system, task, folder)
     return predictions
 
 
-def report(cfg: DictConfig, predictions: list, metrics: dict[str, Path], folder: Path) -> dict:
-    """Stage e: tables, plots and a verdict."""
+def report(cfg: DictConfig, predictions: list[Prediction], arms: list[str], folder: Path, trained: dict) -> dict:
+    """Stage e: tables, plots and a verdict. ``trained``: what to say of how the arms were made, see ``training``."""
     labels = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade", "start": "Start (S0)"}
-    labels |= {arm: LABELS.get(arm, arm) for arm in metrics}
-    clips = cfg.trainer.max_steps // cfg.num_minibatches * cfg.data.batch_size
-    seconds = {arm: json.loads((path.parent / "done.json").read_text())["seconds"] for arm, path in metrics.items()}
+    labels |= {arm: LABELS.get(arm, arm) for arm in arms}
     return write_report(
         folder=folder,
         title=f"{cfg.name}: Reinforced Behavior Alignment",
         roles=Roles(
-            systems=labels,
-            teacher=labels["teacher"],
-            start=labels["start"],
-            arms=[labels[arm] for arm in metrics],
+            systems=labels, teacher=labels["teacher"], start=labels["start"], arms=[labels[arm] for arm in arms]
         ),
         predictions=predictions,
-        curves=TrainingCurves(runs={labels[arm]: [path] for arm, path in metrics.items()}, panels=PANELS, step="step"),
-        budget={labels[arm]: {"clips": f"{clips:,}", "time": f"{seconds[arm]:.0f} s"} for arm in metrics},
+        **trained,
         notes=list(cfg.evaluation.notes),
         num_samples=cfg.evaluation.num_samples,
         num_draws=cfg.evaluation.num_draws,
         seed=cfg.seed,
     )
+
+
+def training(cfg: DictConfig, folders: dict[str, Path]) -> dict:
+    """Training curves and budget of the arms, for the report."""
+    clips = cfg.trainer.max_steps // cfg.num_minibatches * cfg.data.batch_size
+    curves = {LABELS.get(arm, arm): [folder / "metrics.jsonl"] for arm, folder in folders.items()}
+    budget = {}
+    for arm, folder in folders.items():
+        seconds = json.loads((folder / "done.json").read_text())["seconds"]
+        budget[LABELS.get(arm, arm)] = {"clips": f"{clips:,}", "time": f"{seconds:.0f} s"}
+    return {"curves": TrainingCurves(runs=curves, panels=PANELS, step="step"), "budget": budget}

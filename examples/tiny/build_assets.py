@@ -28,7 +28,7 @@ from tiny.speech import draw_texts, speak  # noqa: E402
 
 STAGES = ("teacher", "speech", "encoder", "salm", "figures")
 SEEDS = {"teacher": 0, "encoder": 1, "salm": train_salm.Recipe.seed, "figures": 11}
-TEACHER_STEPS, ENCODER_STEPS, TRAIN_CLIPS = 6000, 3500, 16000
+TEACHER_STEPS, TRAIN_CLIPS = 6000, 16000
 
 
 class Builder:
@@ -67,10 +67,9 @@ class Builder:
     def build_encoder(self) -> dict:
         """The Conformer, and its word error rate on held-out requests."""
         sets = train_encoder.spoken_sets(self.work, TRAIN_CLIPS)
-        model = train_encoder.train_encoder(
-            sets["train"], sets["dev"], self.encoder, steps=ENCODER_STEPS, seed=SEEDS["encoder"]
-        )
-        return {"encoder_steps": ENCODER_STEPS, "encoder_ctc": self._error_rates(model)}
+        model = train_encoder.train_encoder(sets["train"], sets["dev"], self.encoder, seed=SEEDS["encoder"])
+        steps = sum(phase.steps for phase in train_encoder.PHASES)
+        return {"encoder_steps": steps, "encoder_ctc": self._error_rates(model)}
 
     def build_salm(self) -> dict:
         """The SALM."""

@@ -34,8 +34,27 @@ ENCODER = {
     "dropout_att": 0.0,
 }
 BATCH_SIZE = 32
-PEAK_LEARNING_RATE = 2e-3
-WARMUP_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with its own optimizer; the learning rate rises, then falls linearly."""
+
+    steps: int
+    warmup: int
+    peak_learning_rate: float
+    final_learning_rate: float
+
+    def learning_rate(self, step: int) -> float:
+        """At a step counted from 0."""
+        falling = self.peak_learning_rate + (self.final_learning_rate - self.peak_learning_rate) * step / self.steps
+        return min(1, (step + 1) / self.warmup) * falling
+
+
+PHASES = (
+    Phase(steps=1000, warmup=200, peak_learning_rate=2e-3, final_learning_rate=2e-3 * (1 - 1000 / 3500)),
+    Phase(steps=700, warmup=20, peak_learning_rate=1.4e-3, final_learning_rate=0.0),
+)
 BLANK = 0
 
 
@@ -104,18 +123,23 @@ def edit_distance(a: list[str], b: list[str]) -> int:
     return row[-1]
 
 
-def train_encoder(train: SpokenSet, held_out: SpokenSet, output: Path, *, steps: int, seed: int) -> WordCTC:
-    """Train with CTC and save encoder and head; returns the model."""
+def train_encoder(train: SpokenSet, held_out: SpokenSet, output: Path, *, seed: int) -> WordCTC:
+    """Train in phases with CTC and save encoder and head; returns the model."""
     torch.manual_seed(seed)
-    rng, model = Random(seed), WordCTC()
+    model = WordCTC()
     print(f"encoder: {sum(p.numel() for p in model.encoder.parameters())} parameters, {len(model.words)} words")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * max(0.01, 1 - step / steps)
-    )
+    for number, phase in enumerate(PHASES):
+        train_phase(model, train, held_out, output, phase, seed + 100 * number)
+    return model
+
+
+def train_phase(model: WordCTC, train: SpokenSet, held_out: SpokenSet, output: Path, phase: Phase, seed: int) -> None:
+    """Train ``model`` in place."""
+    rng = Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate(0), betas=(0.9, 0.98), weight_decay=1e-3)
     loss_function = nn.CTCLoss(blank=BLANK, zero_infinity=True)
     began, pending = time.time(), iter(())
-    for step in range(1, steps + 1):
+    for step in range(1, phase.steps + 1):
         indices = next(pending, None)
         if indices is None:
             pending = train.batches(BATCH_SIZE, rng)
@@ -125,16 +149,15 @@ def train_encoder(train: SpokenSet, held_out: SpokenSet, output: Path, *, steps:
         targets = [model.targets(train.texts[index]) for index in indices]
         target_lengths = torch.tensor([len(target) for target in targets])
         loss = loss_function(logprobs.transpose(0, 1), torch.cat(targets), lengths, target_lengths)
+        optimizer.param_groups[0]["lr"] = phase.learning_rate(step - 1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
-        if step % 500 == 0 or step == 250 or step == steps:
+        if step % 500 == 0 or step == phase.steps:
             rates = error_rates(held_out.texts, model.recognise(held_out))
             print(f"step {step} {time.time() - began:.0f} s loss {loss.item():.3f} held out {rates}", flush=True)
             torch.save(model.state_dict(), output)
-    return model
 
 
 def load_encoder(path: Path) -> WordCTC:
@@ -156,10 +179,9 @@ def spoken_sets(work: Path, train_clips: int) -> dict[str, SpokenSet]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--train-clips", type=int, default=16000)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sets = spoken_sets(arguments.work, arguments.train_clips)
-    train_encoder(sets["train"], sets["dev"], arguments.work / "encoder.pt", steps=arguments.steps, seed=arguments.seed)
+    train_encoder(sets["train"], sets["dev"], arguments.work / "encoder.pt", seed=arguments.seed)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import kaldialign
+import torch
 
-from nemo_rba.protocols import EvalTask, Metrics
+from nemo_rba.protocols import EvalTask, Metrics, RewardFunction
 from nemo_rba.rewards.text import normalize
 from nemo_rba.types import Instruction, Rollout, SpeechBatch
 
@@ -54,14 +55,7 @@ class InstructionFollowingTask:
         self.kinds = dict(kinds)
 
     def kind(self, instruction: Instruction) -> str:
-        if not self.kinds:
-            return ""
-        if instruction.task not in self.kinds:
-            raise ValueError(
-                f"instruction {instruction.id!r} is of family {instruction.task!r}, which has no kind; known families: "
-                f"{sorted(self.kinds)}: add it to task.kinds, or set task.kinds to {{}}"
-            )
-        return self.kinds[instruction.task]
+        return _kind(self.kinds, instruction)
 
     def item(self, instruction: Instruction, response: str) -> tuple[float, float]:
         score = float(self.verify(instruction.text, response))
@@ -79,6 +73,47 @@ class InstructionFollowingTask:
             for name in sorted({group(rollout) for rollout in rollouts} - {""}):
                 metrics[f"score/{name}"] = _corpus(self, [rollout for rollout in rollouts if group(rollout) == name])
         return metrics
+
+
+class RewardTask:
+    """Any reward in [0, 1] as a measure, in percent: one definition of "good" for training and for the report.
+
+    Args:
+        name, batches, kinds: as for ``InstructionFollowingTask``.
+        reward: scores an answer; it sees the teacher's answer in ``rollout.instruction.response``.
+    """
+
+    measure = "score"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        batches: Callable[[], Iterable[SpeechBatch]],
+        reward: RewardFunction,
+        kinds: Mapping[str, str],
+    ):
+        self.name = name
+        self.batches = batches
+        self.reward = reward
+        self.kinds = dict(kinds)
+
+    def kind(self, instruction: Instruction) -> str:
+        return _kind(self.kinds, instruction)
+
+    def item(self, instruction: Instruction, response: str) -> tuple[float, float]:
+        rollout = Rollout(
+            prompt_index=0,
+            instruction=instruction,
+            response=response,
+            token_ids=torch.empty(0, dtype=torch.int64),
+            logprobs=None,
+            truncated=False,
+        )
+        return 100 * float(self.reward([rollout])[0]), 1.0
+
+    def score(self, rollouts: Sequence[Rollout]) -> Metrics:
+        return {"score": _corpus(self, rollouts)}
 
 
 class TranscriptionTask:
@@ -121,3 +156,14 @@ def _corpus(task: ItemTask, rollouts: Sequence[Rollout]) -> float:
         raise ValueError(f"task {task.name!r} was asked to score no rollouts: is its manifest empty?")
     sums = [task.item(rollout.instruction, rollout.response) for rollout in rollouts]
     return sum(numerator for numerator, _ in sums) / sum(denominator for _, denominator in sums)
+
+
+def _kind(kinds: Mapping[str, str], instruction: Instruction) -> str:
+    if not kinds:
+        return ""
+    if instruction.task not in kinds:
+        raise ValueError(
+            f"instruction {instruction.id!r} is of family {instruction.task!r}, which has no kind; known families: "
+            f"{sorted(kinds)}: add it to task.kinds, or set task.kinds to {{}}"
+        )
+    return kinds[instruction.task]

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speak to a model: one audio file in, one answer out.
+
+python examples/rba_chat.py model=model.nemo audio=question.wav
+"""
+
+from hydra.utils import instantiate
+from nemo.core.config import hydra_runner
+from omegaconf import DictConfig
+
+from nemo_rba.algorithms.policy import FrozenPolicy
+from nemo_rba.data.audio import read_audio, single_prompt
+from nemo_rba.models.rba_speech_lm import RBASpeechLM
+
+
+@hydra_runner(config_path="../conf", config_name="rba_chat")
+def main(cfg: DictConfig) -> None:
+    model = RBASpeechLM.restore_from(cfg.model)
+    batch = single_prompt(read_audio(cfg.audio, model.sampling_rate), cfg.context, model.prompt)
+    policy = FrozenPolicy(model=model, generation_batch_size=1)
+    print(policy.generate(batch, group_size=1, params=instantiate(cfg.params))[0].response)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every config composes, resolves, and names things that exist and accept its keys."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import recipe
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+CONF = Path(__file__).parent.parent / "conf"
+RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
+GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
+HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_args_", "_recursive_"}
+
+
+def load(name: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base=None):
+        cfg = compose(name, overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+
+
+def nodes(cfg, path=""):
+    """Every node with a ``_target_``."""
+    if isinstance(cfg, DictConfig):
+        if "_target_" in cfg:
+            yield path, cfg
+        items = [(key, cfg._get_node(key)) for key in cfg]
+    elif isinstance(cfg, ListConfig):
+        items = [(i, cfg._get_node(i)) for i in range(len(cfg))]
+    else:
+        return
+    for key, value in items:
+        yield from nodes(value, f"{path}.{key}")
+
+
+def check_target(path: str, node: DictConfig) -> None:
+    target = get_object(node["_target_"])
+    given = {key: None for key in node if key not in HYDRA_KEYS}
+    signature = inspect.signature(target)
+    bind = signature.bind_partial if "_partial_" in node else signature.bind
+    try:
+        bind(**given)
+    except TypeError as error:
+        raise AssertionError(f"{path}: {node['_target_']} {error}") from error
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_composes_and_its_targets_accept_their_keys(name):
+    cfg = load(name)
+    found = dict(nodes(cfg))
+    assert found
+    for path, node in found.items():
+        check_target(path, node)
+    if "trainer" in cfg and "output" in cfg and "arm" in cfg:
+        recipe.keys(cfg, recipe.SYNTHESIS + recipe.ALIGNMENT + recipe.EVALUATION)
+        for arm in recipe.arms(cfg).values():
+            for path, node in nodes(arm):
+                check_target(path, node)
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_group_targets_accept_their_keys(path):
+    for where, node in nodes(OmegaConf.load(path)):
+        check_target(where, node)
+
+
+@pytest.mark.parametrize("objective", ["distillation", "forward_kl"])
+def test_two_overrides_make_a_baseline(objective):
+    cfg = load("rba_tiny", "rollouts=teacher", f"objective={objective}")
+    assert cfg.arm == objective
+    arms = recipe.arms(cfg)
+    assert list(arms) == [objective, "sft", "forward_kl"][: len(arms)] or objective in arms
+    assert arms[objective].rollouts._target_.endswith("TeacherRollouts")
+    assert "clip_low" not in arms["sft"].objective
+
+
+def test_unknown_key_is_refused():
+    with pytest.raises(Exception, match="kl_coeficient"):
+        load("rba_tiny", "objective.kl_coeficient=0.1")
+
+
+def test_preflight_names_everything_that_is_missing():
+    cfg = load("rba_8b", "trainer.devices=9")
+    with pytest.raises(SystemExit) as stop:
+        recipe.preflight(cfg)
+    message = str(stop.value)
+    for expected in ("model.folder", "salm_train.py", "teacher.path", "huggingface-cli", "fastpitch", "vocoder",
+                     "trainer.devices = 9", "GPUs"):  # fmt: skip
+        assert expected in message
+
+
+def test_defaults_live_in_conf_only():
+    """Objects that a config builds take every setting from it: no second default hidden in a constructor."""
+    for name in RECIPES:
+        for path, node in nodes(load(name)):
+            if not node["_target_"].startswith("nemo_rba.") or "SamplingParams" in node["_target_"]:
+                continue
+            hidden = [
+                p.name
+                for p in inspect.signature(get_object(node["_target_"])).parameters.values()
+                if p.default is not inspect.Parameter.empty and p.kind is inspect.Parameter.KEYWORD_ONLY
+            ]
+            assert not hidden, f"{path}: {node['_target_']} has defaults for {hidden}"
