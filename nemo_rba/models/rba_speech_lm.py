@@ -180,6 +180,7 @@ class RBASpeechLM(ModelPT):
             ids=[instruction.id for instruction in batch.instructions],
             group_size=group_size,
             end_id=self.prompt.eot_id,
+            banned_ids=self._banned_ids(),
             params=params,
         )
         return [
@@ -195,6 +196,11 @@ class RBASpeechLM(ModelPT):
                 zip(out.token_ids, out.logprobs, out.truncated, strict=True)
             )
         ]
+
+    def _banned_ids(self) -> Tensor:
+        """Tokens that are no words: the audio locator, and rows that only pad the embedding."""
+        padding = range(self.prompt.vocab_size, self.llm_config.vocab_size)
+        return torch.tensor([self.prompt.audio_locator_id, *padding], device=parallel.device())
 
     @classmethod
     def list_available_models(cls) -> Sequence:

@@ -46,7 +46,7 @@ def choose(log_probs: Tensor, uniform: Tensor, params: SamplingParams) -> Tensor
     probs = (log_probs.double() / params.temperature).softmax(-1)
     if params.top_p < 1:
         ordered, order = probs.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered > params.top_p  # the first token is never outside
+        outside = ordered.cumsum(-1) - ordered >= params.top_p  # the first token is never outside
         probs = probs.scatter(-1, order, ordered.masked_fill(outside, 0.0))
     cumulative = probs.cumsum(-1)
     target = uniform[:, None].to(cumulative.device) * cumulative[:, -1:]
@@ -56,11 +56,12 @@ def choose(log_probs: Tensor, uniform: Tensor, params: SamplingParams) -> Tensor
 @torch.no_grad()
 def generate(
     gpt: GPTModel, prompts: Tensor, valid: Tensor, *, ids: Sequence[str], group_size: int, end_id: int,
-    params: SamplingParams,
+    banned_ids: Tensor, params: SamplingParams,
 ) -> Generated:  # fmt: skip
     """Sample ``group_size`` answers to each of B prompts.
 
-    prompts (P, B, H) left padded with valid (B, P); ``ids`` (B) name the prompts for their random numbers.
+    prompts (P, B, H) left padded with valid (B, P); ``ids`` (B) name the prompts for their random numbers; tokens of
+    ``banned_ids`` are never chosen (kept log-probabilities are still those of the whole distribution).
     """
     prefix, num_prompts, _ = prompts.shape
     device, limit = prompts.device, params.max_new_tokens
@@ -75,7 +76,7 @@ def generate(
     logprobs = torch.zeros(num_rows, limit, device=device)
     lengths = torch.full((num_rows,), limit, device=device)
     ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    scores = logits(gpt, hidden[-1:], gather=True)[0].float().log_softmax(-1).repeat_interleave(group_size, 0)
+    scores = _next_token_scores(gpt, hidden[-1:], banned_ids).repeat_interleave(group_size, 0)
     for step in range(limit):
         token = choose(scores, noise[rows, step], params)
         alive = ~ended[rows]
@@ -93,10 +94,17 @@ def generate(
             plan.keep(kept)
         hidden = run(gpt, embed(gpt, token[None].T), plan)
         plan.num_cached += 1
-        scores = logits(gpt, hidden, gather=True)[0].float().log_softmax(-1)
+        scores = _next_token_scores(gpt, hidden, banned_ids)
     sizes = lengths.tolist()
     return Generated(
         token_ids=[row[:n].cpu() for row, n in zip(tokens, sizes, strict=True)],
         logprobs=[row[:n].cpu() for row, n in zip(logprobs, sizes, strict=True)],
         truncated=(~ended).tolist(),
     )
+
+
+def _next_token_scores(gpt: GPTModel, hidden: Tensor, banned_ids: Tensor) -> Tensor:
+    """Log-probabilities (n, V) after hidden (1, n, H), -inf at banned tokens."""
+    scores = logits(gpt, hidden, gather=True)[0].float().log_softmax(-1)
+    scores[:, banned_ids] = -torch.inf
+    return scores

@@ -56,8 +56,8 @@ class MagpieSampler:
 
 
 def user_message(text: str, context: str) -> dict[str, str]:
-    """The chat message of a typed context and the words said: the context first, on a line of its own."""
-    return {"role": "user", "content": f"{context}\n{text}" if context else text}
+    """The chat message of a typed context and the words said, as ``functional.typed`` has them."""
+    return {"role": "user", "content": f"{context} {text}" if context else text}
 
 
 def answer(teacher: Teacher, texts: Sequence[str], params: SamplingParams, context: str) -> list[str]:

@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import load_speech_lm
 from lightning.pytorch import Trainer
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
+from tiny_models import load_speech_lm
 
 from nemo_rba.algorithms.advantage import LeaveOneOut
 from nemo_rba.algorithms.alignment import RBAAlignment

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import load_speech_lm, make_batch
+from tiny_models import load_speech_lm, make_batch
 
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss
 from nemo_rba.algorithms.policy import MegatronPolicy
@@ -37,9 +37,7 @@ def rollout_batch(policy, batch, objective, group_size=4):
     source = PolicyRollouts(group_size=group_size, max_new_tokens=12, temperature=1.0, top_p=1.0)
     rollouts = source(policy, batch, seed=1)
     advantages = torch.linspace(-1, 1, len(rollouts))
-    (whole,) = collate(
-        batch, rollouts, advantages, policy=policy, objective=objective, teacher=None, num_minibatches=1
-    )
+    (whole,) = collate(batch, rollouts, advantages, policy=policy, objective=objective, teacher=None, num_minibatches=1)
     return rollouts, whole
 
 

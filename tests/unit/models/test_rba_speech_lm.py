@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import load_speech_lm, make_batch
+from tiny_models import load_speech_lm, make_batch
 from torch.nn.utils.rnn import pad_sequence
 
 from nemo_rba.types import SamplingParams, SpeechBatch
@@ -45,7 +45,10 @@ def test_greedy_answers_and_logits_equal_nemo_salm(fixture, request):
         batch, model.encode(batch), group_size=1, params=SamplingParams(max_new_tokens=12, temperature=0)
     )
     prompts = [[{"role": "user", "slots": {"message": f"{i.context} <|audio|>".strip()}}] for i in batch.instructions]
-    expected = salm.generate(prompts=prompts, audios=batch.audio, audio_lens=batch.audio_lens, max_new_tokens=12)
+    banned = model._banned_ids().tolist()
+    expected = salm.generate(
+        prompts=prompts, audios=batch.audio, audio_lens=batch.audio_lens, max_new_tokens=12, suppress_tokens=banned
+    )
     for rollout, row in zip(out, expected.tolist(), strict=True):
         assert rollout.token_ids.tolist() == row[: len(rollout.token_ids)]
     forced = forced_logprobs(model, batch, out, 1)
@@ -79,7 +82,7 @@ def test_answers_do_not_depend_on_batch_or_padding(speech_lm, batch):
         out = speech_lm.generate(alone, speech_lm.encode(alone), group_size=3, params=params)
         for one, many in zip(out, together[3 * i : 3 * i + 3], strict=True):
             assert one.token_ids.tolist() == many.token_ids.tolist()
-            torch.testing.assert_close(one.logprobs, many.logprobs, atol=1e-5, rtol=0)
+            torch.testing.assert_close(one.logprobs, many.logprobs, atol=5e-5, rtol=0)  # other rotary positions
 
 
 @torch.no_grad()

@@ -2,11 +2,12 @@
 import json
 
 import pytest
-from conftest import FakeTeacher
 
 from nemo_rba.synthesis.filters import CallableFilter, DuplicateFilter, ResponseFilter
 from nemo_rba.synthesis.instructions import MagpieSampler, TextStage, answer, user_message
 from nemo_rba.types import SamplingParams
+
+from .conftest import FakeTeacher
 
 PARAMS = SamplingParams(max_new_tokens=8)
 
@@ -64,7 +65,7 @@ def test_impossible_sampling_is_refused(teacher):
 
 def test_answers_follow_context_and_text():
     assert user_message("hello", "") == {"role": "user", "content": "hello"}
-    assert user_message("hello", "Say:") == {"role": "user", "content": "Say:\nhello"}
+    assert user_message("hello", "Say:") == {"role": "user", "content": "Say: hello"}
     assert answer(FakeTeacher(), ["one two"], PARAMS, "Say:") == ["two one Say: 0"]
 
 

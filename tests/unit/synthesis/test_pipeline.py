@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FakeTeacher, FakeTTS
 
 from nemo_rba.manifest import check_manifest, cut_to_utterance, read_manifest
 from nemo_rba.synthesis import pipeline as pipeline_module
@@ -15,6 +14,8 @@ from nemo_rba.synthesis.filters import DuplicateFilter, LengthFilter, ResponseFi
 from nemo_rba.synthesis.instructions import MagpieSampler
 from nemo_rba.synthesis.pipeline import SelfSynthesis, Split, hash_split, one_name
 from nemo_rba.types import SamplingParams
+
+from .conftest import FakeTeacher, FakeTTS
 
 CONFIG = {"seed": 1, "teacher": {"path": "x"}, "max_batches": 60}
 
