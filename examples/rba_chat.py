@@ -17,7 +17,7 @@ from nemo_rba.models.rba_speech_lm import RBASpeechLM
 def main(cfg: DictConfig) -> None:
     model = RBASpeechLM.restore_from(cfg.model)
     batch = single_prompt(read_audio(cfg.audio, model.sampling_rate), cfg.context, model.prompt)
-    policy = FrozenPolicy(model=model, generation_batch_size=1)
+    policy = FrozenPolicy(model=model, generation_batch_size=1, speech_cache=None)
     print(policy.generate(batch, group_size=1, params=instantiate(cfg.params))[0].response)
 
 

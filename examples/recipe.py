@@ -7,20 +7,24 @@ evaluation/  every system's answers to the test sets
 report/      report.md, report.html, results.json
 """
 
+import inspect
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
 from lightning.pytorch import Trainer
+from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 
-from nemo_rba.algorithms.alignment import RBAAlignment
+from nemo_rba.algorithms.alignment import RBAAlignment, check_choices
 from nemo_rba.algorithms.metrics_file import MetricsFile
 from nemo_rba.algorithms.policy import FrozenPolicy
+from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.data.dataset import SpeechInstructionDataset
 from nemo_rba.data.loader import SpeechLoader
 from nemo_rba.distributed import parallel
@@ -41,7 +45,7 @@ EVALUATION = ("model", "teacher", "evaluation", "conditions", "data", "seed", "n
 LABELS = {"rba": "RBA", "sft": "SFT", "distillation": "SFT", "forward_kl": "Forward KL", "reverse_kl": "Reverse KL"}
 PANELS = {
     "Reward": "reward/mean",
-    "Dev: obeys the request": "val/obeys",
+    "Dev: gap closed": "val/gap_closed",
     "KL to the start model": "kl/reference",
     "Entropy": "entropy",
     "Teacher minus student, log p": "teacher/logratio",
@@ -67,23 +71,61 @@ def keys(cfg: DictConfig, names: tuple[str, ...]) -> dict:
 
 
 def preflight(cfg: DictConfig) -> None:
-    """Stop before any work when something that the config names is not there.
+    """Stop before any work when the config names something that is not there, or something that cannot work.
 
     Raises:
-        SystemExit: everything that is missing, and how to get it.
+        SystemExit: everything that is wrong, and what to do about it.
     """
-    missing = [
+    torch.set_num_threads(cfg.num_threads)
+    wrong = missing(cfg) + unfit(cfg)
+    if not wrong and "folder" in cfg.model:
+        wrong = _complaint(RBASpeechLM.check_salm, cfg.model.folder)
+    for arm in arms(cfg).values() if not wrong and "baselines" in cfg else ():
+        choices = [partial(instantiate, arm[key]) for key in ("rollouts", "advantage", "objective")]
+        wrong += _complaint(lambda choices=choices: check_choices(*(make() for make in choices)))
+        wrong += _complaint(instantiate, arm.schedule)
+    if wrong:
+        raise SystemExit("nothing was started, because:\n" + "\n".join(f"  - {line}" for line in wrong))
+
+
+def missing(cfg: DictConfig) -> list[str]:
+    """Files and machines that the config needs and that are not there."""
+    lines = [
         f"{need.key} = {OmegaConf.select(cfg, need.key)}: {need.what} is not there. {need.how}"
         for need in cfg.requires
         if not Path(str(OmegaConf.select(cfg, need.key))).exists()
     ]
     if cfg.trainer.accelerator == "gpu" and torch.cuda.device_count() < cfg.trainer.devices:
-        missing.append(
+        lines.append(
             f"trainer.devices = {cfg.trainer.devices}: this machine shows {torch.cuda.device_count()} GPUs. Run on a "
             "node that has them, in the NGC container of the Dockerfile, or choose --config-name=rba_tiny for a CPU"
         )
-    if missing:
-        raise SystemExit("nothing was started, because:\n" + "\n".join(f"  - {line}" for line in missing))
+    return lines
+
+
+def unfit(cfg: Container, path: str = "") -> list[str]:
+    """Keys that the class named by ``_target_`` does not accept, or lacks."""
+    lines = []
+    items = cfg.items_ex(resolve=False) if isinstance(cfg, DictConfig) else enumerate(cfg)
+    for key, value in items:
+        if OmegaConf.is_config(value):
+            lines += unfit(value, f"{path}.{key}".lstrip("."))
+    if isinstance(cfg, DictConfig) and "_target_" in cfg:
+        given = dict.fromkeys(key for key in cfg if not key.startswith("_"))
+        try:
+            signature = inspect.signature(get_object(cfg["_target_"]))
+            (signature.bind_partial if "_partial_" in cfg else signature.bind)(**given)
+        except (TypeError, ImportError, ValueError) as error:
+            lines.append(f"{path}: {cfg['_target_']}: {error}")
+    return lines
+
+
+def _complaint(check: Callable, *args) -> list[str]:
+    try:
+        check(*args)
+    except (ValueError, InstantiationException) as error:
+        return [str(error)]
+    return []
 
 
 def synthesize(cfg: DictConfig, folder: Path) -> None:
@@ -148,6 +190,9 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
     trainer.fit(module)
     if trainer.global_step < cfg.trainer.max_steps:
         raise SystemExit(f"{arm}: stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; run again to go on")
+    best = trainer.checkpoint_callback.best_model_path  # on the dev set, for every arm alike
+    module.load_state_dict(trainer.strategy.load_checkpoint(best)["state_dict"])
+    logging.info(f"{arm}: keeping {Path(best).stem}")
     module.model.save_to(str(folder / f"{arm}.nemo"))
 
 
@@ -166,10 +211,10 @@ def tasks(cfg: DictConfig, manifests: dict[str, Path], folder: Path, model: RBAS
 def systems(cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]) -> list[Callable[[], System]]:
     """Everyone who is compared, built when needed: T, the cascade, S0, and every aligned model."""
     evaluation, teacher = cfg.evaluation, instantiate(cfg.teacher)
-    params = instantiate(evaluation.params)
+    params, heard = instantiate(evaluation.params), SpeechCache()
 
     def frozen(model: RBASpeechLM) -> FrozenPolicy:
-        return FrozenPolicy(model=model, generation_batch_size=evaluation.generation_batch_size)
+        return FrozenPolicy(model=model, generation_batch_size=evaluation.generation_batch_size, speech_cache=heard)
 
     def cascade() -> System:
         return CascadeSystem(

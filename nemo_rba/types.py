@@ -94,6 +94,7 @@ class RolloutBatch:
     old_logprobs: Tensor | None = None  # (N, T) under the policy that sampled
     ref_logprobs: Tensor | None = None  # (N, T) under the start model
     teacher_logprobs: Tensor | None = None  # (N, T) under the teacher, who reads the transcript
+    teacher_baseline: float = 0.0  # mean of teacher_logprobs - old_logprobs over the tokens of the global batch
     teacher_topk_ids: Tensor | None = None  # (N, T, K) the teacher's likeliest next tokens
     teacher_topk_logprobs: Tensor | None = None  # (N, T, K)
 

@@ -134,7 +134,12 @@ def load_speech_lm(folder: Path):
     from nemo_rba.models.rba_speech_lm import RBASpeechLM
 
     return RBASpeechLM.from_salm(
-        folder=folder, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, params_dtype="float32", seed=0
+        folder=folder,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        params_dtype="float32",
+        seed=0,
+        sequence_parallel=False,
     )
 
 

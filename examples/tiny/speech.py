@@ -38,6 +38,12 @@ class SpokenSet:
     frames: Tensor  # (sum of lengths, MEL_BINS)
     offsets: Tensor  # (clips + 1,)
 
+    @classmethod
+    def from_features(cls, texts: Sequence[str], features: Sequence[Tensor]) -> "SpokenSet":
+        """From one tensor (frames, MEL_BINS) per text."""
+        offsets = torch.tensor([0, *(len(clip) for clip in features)]).cumsum(0)
+        return cls(list(texts), torch.cat(list(features)), offsets)
+
     def __len__(self) -> int:
         return len(self.texts)
 
@@ -102,20 +108,23 @@ def build_preprocessor():
 
 
 @torch.no_grad()
+def mel_features(preprocessor, clips: Sequence[Tensor]) -> list[Tensor]:
+    """Float16 features (frames, MEL_BINS) of each clip."""
+    audio, audio_lengths = pad_clips(clips)
+    mel, lengths = preprocessor(input_signal=audio, length=audio_lengths)
+    return [mel[row, :, :length].T.half() for row, length in enumerate(lengths.tolist())]
+
+
 def make_spoken_set(path: Path, texts: Sequence[str], split: str, seed: int, batch_size: int = 50) -> SpokenSet:
     """Speak the texts and compute their features, or read them if ``path`` is there already."""
     if path.exists():
         return SpokenSet(**torch.load(path, weights_only=True))
     preprocessor = build_preprocessor()
-    features, lengths = [], []
+    features = []
     for first in range(0, len(texts), batch_size):
         clips = speak(texts[first : first + batch_size], split, seed * 1_000_003 + first)
-        audio, audio_lengths = pad_clips(clips)
-        mel, mel_lengths = preprocessor(input_signal=audio, length=audio_lengths)
-        features += [mel[row, :, :length].T.half() for row, length in enumerate(mel_lengths.tolist())]
-        lengths += mel_lengths.tolist()
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    spoken = SpokenSet(list(texts), torch.cat(features), offsets)
+        features += mel_features(preprocessor, clips)
+    spoken = SpokenSet.from_features(texts, features)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(vars(spoken), partial)

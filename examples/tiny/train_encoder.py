@@ -168,8 +168,8 @@ def load_encoder(path: Path) -> WordCTC:
 
 
 def spoken_sets(work: Path, train_clips: int) -> dict[str, SpokenSet]:
-    """The spoken sets of encoder and SALM training: train, and held-out requests in held-out voices."""
-    plan = {"train": ("train", train_clips, 5), "dev": ("dev", 400, 3), "test": ("test", 600, 4)}
+    """The spoken sets of encoder and SALM training: train, and dev requests in dev voices."""
+    plan = {"train": ("train", train_clips, 5), "dev": ("dev", 400, 3)}
     return {
         name: make_spoken_set(work / f"{name}.pt", draw_texts(split, count, seed), split, seed)
         for name, (split, count, seed) in plan.items()

@@ -21,7 +21,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from nemo_rba.algorithms.controllers import WarmupDecay
-from nemo_rba.algorithms.rollout import collate, prompt_index
+from nemo_rba.algorithms.rollout import TeacherRollouts, collate, prompt_index
 from nemo_rba.functional import group_is_constant
 from nemo_rba.protocols import AdvantageEstimator, LikelihoodTeacher, Metrics, Objective, Policy, RolloutSource
 from nemo_rba.rewards.mixture import RewardMixture
@@ -56,7 +56,11 @@ class RBAAlignment(LightningModule):
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
-        _check(source, advantage, objective, teacher)
+        check_choices(source, advantage, objective)
+        if (objective.needs_teacher or objective.teacher_topk) and teacher is None:
+            raise ValueError(
+                f"{type(objective).__name__} asks a teacher for log-probabilities; configure such a teacher"
+            )
         self.source, self.reward, self.advantage, self.objective = source, reward, advantage, objective
         self.schedule, self.num_minibatches, self.seed = schedule, num_minibatches, seed
         self.validation_params = validation_params
@@ -64,6 +68,8 @@ class RBAAlignment(LightningModule):
         self._policy: list[Policy] = []
         self._builders = (build_model, build_policy, build_loader, build_validation_loader)
         self.num_batches = 0
+        self._validation: list[tuple[Tensor, Tensor]] = []  # rewards of the student's and of the teacher's answers
+        self.start_reward: float | None = None  # on the dev set, before the first step
 
     # ---- the method ------------------------------------------------------------------------------------------------
 
@@ -122,18 +128,35 @@ class RBAAlignment(LightningModule):
     def validation_step(self, batch: SpeechBatch, batch_idx: int) -> None:
         rollouts = self.policy.generate(batch, group_size=1, params=self.validation_params)
         rewards, parts = self.reward.score(rollouts)
-        metrics = {"val/reward": rewards.mean()} | {f"val/{name}": values.mean() for name, values in parts.items()}
-        self.log_dict(metrics, batch_size=len(batch), prog_bar=True)
+        teacher_rewards, _ = self.reward.score(TeacherRollouts()(self.policy, batch, seed=0))
+        self._validation.append((rewards, teacher_rewards))
+        self.log_dict({f"val/{name}": values.mean() for name, values in parts.items()}, batch_size=len(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        student, teacher = (torch.cat(rewards).mean().item() for rewards in zip(*self._validation, strict=True))
+        self._validation.clear()
+        if self.start_reward is None:
+            self.start_reward = student
+        self.log("val/reward", student, prog_bar=True)
+        self.log("val/teacher", teacher)
+        if teacher > self.start_reward:  # otherwise there is no gap to close
+            gap_closed = (student - self.start_reward) / (teacher - self.start_reward)
+            self.log("val/gap_closed", gap_closed, prog_bar=True)
 
     def transfer_batch_to_device(self, batch: SpeechBatch, device, dataloader_idx: int) -> SpeechBatch:
         return batch  # the policy moves what it needs
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["rba"] = {"schedule": self.schedule.state_dict(), "num_batches": self.num_batches}
+        checkpoint["rba"] = {
+            "schedule": self.schedule.state_dict(),
+            "num_batches": self.num_batches,
+            "start_reward": self.start_reward,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.schedule.load_state_dict(checkpoint["rba"]["schedule"])
         self.num_batches = checkpoint["rba"]["num_batches"]
+        self.start_reward = checkpoint["rba"]["start_reward"]
 
 
 class PolicyOptimizer(torch.optim.Optimizer):
@@ -177,16 +200,14 @@ def _mean(steps: Sequence[Metrics]) -> Metrics:
     return mean | {name: value for name, value in steps[0].items() if name.startswith("health/")}
 
 
-def _check(
-    source: RolloutSource, advantage: AdvantageEstimator, objective: Objective, teacher: LikelihoodTeacher | None
-) -> None:
-    """Refuse at setup what could only fail, or silently learn nothing, at the first batch."""
+def check_choices(source: RolloutSource, advantage: AdvantageEstimator, objective: Objective) -> None:
+    """Refuse at setup what could only fail, or silently learn nothing, at the first batch.
+
+    Raises:
+        ValueError: the advantage compares more answers to a prompt than the source gives.
+    """
     if objective.needs_advantages and source.group_size < advantage.min_group_size:
         raise ValueError(
             f"{type(advantage).__name__} compares {advantage.min_group_size} or more answers to the same prompt, but "
             f"rollouts.group_size is {source.group_size}; raise it, or set advantage=none"
-        )
-    if (objective.needs_teacher or objective.teacher_topk) and teacher is None:
-        raise ValueError(
-            f"{type(objective).__name__} asks a teacher for log-probabilities; configure one that gives them"
         )

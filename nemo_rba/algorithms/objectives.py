@@ -30,13 +30,14 @@ MIN_TAIL = 1e-5  # probability below which the bucket of all other tokens is rou
 class ClippedPolicyLoss:
     """The loss of RBA: clipped policy gradient with a reward, the teacher's per-token judgement, or both.
 
-        A_t  = advantage + dense_weight * clamp(log pi_T - log pi_old, +-dense_clip)       per token, no gradient
+        A_t  = advantage + dense_weight * clamp(log pi_T - log pi_old - baseline, +-dense_clip)    no gradient
         loss = -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coefficient * KL(pi || pi_ref)
 
     with rho = pi / pi_old. PPO 1707.06347; separate clip widths DAPO 2503.14476; KL in the loss GRPO 2402.03300. The
     dense part is on-policy distillation (X-OPD 2603.24596, thinkingmachines.ai/blog/on-policy-distillation): in
     expectation over own samples, the gradient of one-step reverse KL(pi || pi_T). The teacher reads the transcript, the
-    student hears the speech.
+    student hears the speech. The baseline, the batch's mean log-ratio, changes nothing in expectation; without it
+    nearly every token of an imperfect student is pushed down.
 
     Args:
         clip_low: rho may fall to 1 - clip_low before its gradient stops (0.2).
@@ -109,7 +110,7 @@ class ClippedPolicyLoss:
         if not self.needs_teacher:
             return advantages, {}
         logratio = _real(_given(batch.teacher_logprobs, "teacher_logprobs", self), batch) - old
-        dense = self.dense_weight * logratio.clamp(-self.dense_clip, self.dense_clip)
+        dense = self.dense_weight * (logratio - batch.teacher_baseline).clamp(-self.dense_clip, self.dense_clip)
         return advantages + dense, {"teacher/logratio": _token_mean(logratio, batch)}
 
     def _mean(self, values: Tensor, batch: RolloutBatch) -> Tensor:

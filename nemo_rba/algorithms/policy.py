@@ -2,7 +2,8 @@
 """The student under megatron: four methods that hide schedules, gradient buffers and the optimizer.
 
 What is frozen runs once: with a frozen encoder, a batch's speech features are computed at its first use and shared by
-generation, the start model and every update.
+generation, the start model and every update. Under pipeline parallelism every pass goes through megatron's schedule;
+logits, the objective and its metrics exist on the last stage and are handed to the others.
 """
 
 import dataclasses
@@ -22,23 +23,30 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from nemo_rba.algorithms.rollout import select, select_prompts
-from nemo_rba.distributed import cpu, vocab_parallel
-from nemo_rba.distributed.parallel import data_parallel_size, data_parallel_sum
+from nemo_rba.algorithms.speech_cache import SpeechCache
+from nemo_rba.distributed import cpu, pipeline, vocab_parallel
+from nemo_rba.distributed.parallel import data_parallel_size, data_parallel_sum, device
 from nemo_rba.modules.perception import EncodedSpeech
 from nemo_rba.protocols import Metrics, Objective
 from nemo_rba.types import Rollout, RolloutBatch, SamplingParams, SpeechBatch
 
 
 class FrozenPolicy:
-    """A SpeechLM that only answers: the ``generate`` of a policy, for evaluation and chat."""
+    """A SpeechLM that only answers: the ``generate`` of a policy, for evaluation and chat.
 
-    def __init__(self, *, model: nn.Module, generation_batch_size: int):
+    ``speech_cache`` is shared by the policies of one evaluation; None encodes every batch anew.
+    """
+
+    def __init__(self, *, model: nn.Module, generation_batch_size: int, speech_cache: SpeechCache | None):
         self.model, self.generation_batch_size = model.requires_grad_(False), generation_batch_size
+        self._speech_cache = speech_cache
 
     @torch.no_grad()
     def generate(self, batch: SpeechBatch, *, group_size: int, params: SamplingParams) -> list[Rollout]:
         """See ``protocols.Policy``."""
-        return _generate(self.model, batch, self.model.encode(batch), self.generation_batch_size, group_size, params)
+        shared = self._speech_cache is not None and self.model.perception is not None
+        speech = self._speech_cache.encode(self.model, batch) if shared else self.model.encode(batch)
+        return _generate(self.model, batch, speech, self.generation_batch_size, group_size, params)
 
 
 class MegatronPolicy:
@@ -63,8 +71,8 @@ class MegatronPolicy:
         self.model, self.reference = model, reference
         self.micro_batch_size, self.generation_batch_size = micro_batch_size, generation_batch_size
         self.max_grad_norm = max_grad_norm
-        _freeze(model, freeze)
-        self._encoder_frozen = not any(p.requires_grad for p in model.perception.encoder.parameters())
+        trained = _freeze(model, freeze)
+        self._encoder_frozen = not any(name.startswith("perception.encoder.") for name in trained)
         self._speech: tuple[SpeechBatch, EncodedSpeech] | None = None
         with cpu.redirect_cuda():
             self._ddp = DistributedDataParallel(
@@ -92,29 +100,23 @@ class MegatronPolicy:
         """See ``protocols.Policy``."""
         if reference and self.reference is None:
             raise ValueError("this policy has no start model; give it one, or an objective without a KL term")
-        model = self.reference if reference else self.model
-        parts = [_token_logprobs(self._forward(model, part), part, topk=False) for part in self._microbatches(batch)]
-        return torch.cat(parts).cpu()
+        outputs = self._schedule(self.reference if reference else self.model, batch, _judge, forward_only=True)
+        values = torch.cat(outputs) if pipeline.is_last_stage() else torch.empty(batch.response_ids.shape)
+        return pipeline.from_last_stage(values.to(device(), torch.float32)).cpu()
 
     def forward_backward(self, batch: RolloutBatch, objective: Objective) -> Metrics:
         """See ``protocols.Policy``."""
-        parts = list(self._microbatches(batch))
-        scale = len(parts) * data_parallel_size()  # megatron divides by both; our loss has the global count already
+        # megatron divides by both; our loss has the global count already
+        scale = len(list(self._microbatches(batch))) * data_parallel_size()
         self.model.llm.train()
-        with cpu.redirect_cuda():
-            outputs = get_forward_backward_func()(
-                forward_step_func=partial(self._forward_step, objective=objective, scale=scale),
-                data_iterator=iter(parts),
-                model=[self._ddp],
-                num_microbatches=len(parts),
-                seq_length=1,  # read by pipeline schedules only
-                micro_batch_size=self.micro_batch_size,
-                forward_only=False,
-            )
+        outputs = self._schedule(self._ddp, batch, partial(_loss, objective=objective, scale=scale), forward_only=False)
         self.model.llm.eval()
-        names = list(outputs[0])
-        totals = torch.stack([torch.stack([out[name].float() for out in outputs]).sum() for name in names])
-        return dict(zip(names, data_parallel_sum(totals).tolist(), strict=True))
+        metrics = {}
+        if pipeline.is_last_stage():
+            names = list(outputs[0])
+            totals = torch.stack([torch.stack([out[name].float() for out in outputs]).sum() for name in names])
+            metrics = dict(zip(names, data_parallel_sum(totals).tolist(), strict=True))
+        return pipeline.metrics_from_last_stage(metrics)
 
     def step(self, learning_rate: float) -> Metrics:
         """See ``protocols.Policy``.
@@ -154,22 +156,30 @@ class MegatronPolicy:
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def _forward_step(self, parts, model, *, objective: Objective, scale: int):
-        part = next(parts)
-        with cpu.plain_torch():
-            logits = self._forward(model, part)
-        return logits, partial(_loss, part=part, objective=objective, scale=scale)
+    def _schedule(self, model: nn.Module, batch: RolloutBatch, judge: Callable, *, forward_only: bool) -> list:
+        """Every microbatch through all stages, forward and back: what ``judge`` made of the logits, on the last one."""
+        parts, speech = list(self._microbatches(batch)), self._shared_speech(batch.prompts)
+        with cpu.redirect_cuda():
+            return get_forward_backward_func()(
+                forward_step_func=partial(_forward_step, judge=judge, speech=speech),
+                data_iterator=iter(parts),
+                model=[model],
+                num_microbatches=len(parts),
+                seq_length=1,  # not read: stages tell each other their shapes
+                micro_batch_size=self.micro_batch_size,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
 
-    def _forward(self, model: Callable, part: RolloutBatch) -> Tensor:
-        prompts = part.prompt_index.unique()
-        speech = _rows(self._encode(part.prompts), prompts) if self._encoder_frozen else None
-        return model(
-            select_prompts(part.prompts, prompts),
-            speech,
-            part.response_ids,
-            part.response_mask,
-            len(part) // len(prompts),
-        )
+    @torch.no_grad()
+    def _shared_speech(self, prompts: SpeechBatch) -> EncodedSpeech | None:
+        """What the encoder gives for all microbatches; None where it learns, and has to run in each of them."""
+        if self._encoder_frozen:
+            return self._encode(prompts)
+        if pipeline.num_stages() == 1:
+            return None
+        speech = self.model.encode(prompts)  # later stages need the number of frames
+        return None if pipeline.is_first_stage() else speech
 
     @torch.no_grad()
     def _encode(self, batch: SpeechBatch) -> EncodedSpeech:
@@ -180,6 +190,26 @@ class MegatronPolicy:
     def _microbatches(self, batch: RolloutBatch):
         for prompts in batch.prompt_index.unique().split(self.micro_batch_size):
             yield select(batch, prompts)
+
+
+def _forward_step(parts, model: Callable, *, judge: Callable, speech: EncodedSpeech | None):
+    """One microbatch through this stage, as megatron's schedules want it."""
+    part = next(parts)
+    prompts = part.prompt_index.unique()
+    with cpu.plain_torch():
+        output = model(
+            select_prompts(part.prompts, prompts),
+            None if speech is None else _rows(speech, prompts),
+            part.response_ids,
+            part.response_mask,
+            len(part) // len(prompts),
+        )
+    return output, partial(judge, part=part)
+
+
+def _judge(logits: Tensor, *, part: RolloutBatch, non_loss_data: bool) -> Tensor:
+    with cpu.plain_torch():
+        return _token_logprobs(logits, part, topk=False)
 
 
 def _loss(logits: Tensor, *, part: RolloutBatch, objective: Objective, scale: int):
@@ -226,12 +256,22 @@ def _generate(
     return rollouts
 
 
-def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    names = [name for name, _ in model.named_parameters()]
+def _freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Freeze what matches a pattern; names, over all pipeline stages, of what does not."""
+    tied = model.share_embeddings_and_output_weights
+    own = {_tied_name(name) if tied else name: p for name, p in model.named_parameters()}
+    names = pipeline.union_over_stages(list(own))
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             raise ValueError(f"policy.freeze: {pattern!r} matches no parameter; names look like {names[:3]}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(re.search(pattern, name) for pattern in patterns))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trained = [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+    if not trained:
         raise ValueError(f"policy.freeze {list(patterns)} leaves nothing to train")
+    for name, parameter in own.items():
+        parameter.requires_grad_(name in trained)
+    return trained
+
+
+def _tied_name(name: str) -> str:
+    """The last stage's copy of tied embeddings goes by the name of the first stage's."""
+    return "llm.embedding.word_embeddings.weight" if name == "llm.output_layer.weight" else name

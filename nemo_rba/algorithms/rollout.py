@@ -80,6 +80,8 @@ def collate(
         num_loss_rollouts=0,
     )
     whole = dataclasses.replace(whole, **_logprobs(whole, rollouts, policy, objective, teacher))
+    if whole.teacher_logprobs is not None and whole.old_logprobs is not None:
+        whole = dataclasses.replace(whole, teacher_baseline=_teacher_baseline(whole))
     prompts = whole.prompt_index.unique()
     for chosen in prompts.tensor_split(num_minibatches):
         minibatch = select(whole, chosen)
@@ -104,6 +106,13 @@ def _logprobs(
     if objective.needs_teacher or objective.teacher_topk:
         fields |= _judgement(rollouts, objective, teacher)
     return fields
+
+
+def _teacher_baseline(whole: RolloutBatch) -> float:
+    """Mean of log pi_T - log pi_old over the tokens of the global batch."""
+    logratio = (whole.teacher_logprobs - whole.old_logprobs)[whole.response_mask].double()
+    total = data_parallel_sum(torch.tensor([logratio.sum(), len(logratio)], dtype=torch.float64))
+    return float(total[0] / total[1])
 
 
 def _judgement(rollouts: Sequence[Rollout], objective: Objective, teacher: LikelihoodTeacher) -> dict[str, Tensor]:

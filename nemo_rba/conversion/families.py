@@ -40,6 +40,8 @@ def family_of(config: PretrainedConfig) -> Family:
         "mlp_bias": bool(options.get("mlp_bias")),
         "sliding_window": bool(options.get("sliding_window")) and bool(options.get("use_sliding_window", True)),
         "rope_type": _rope(config)["rope_type"] not in ("default", "llama3"),
+        "partial_rotary_factor": _rope(config).get("partial_rotary_factor", 1.0) != 1.0,
+        "quantization_config": bool(options.get("quantization_config")),
     }
     wrong = [f"{name}={options.get(name, _rope(config).get(name))!r}" for name, bad in refused.items() if bad]
     if wrong:
@@ -72,7 +74,7 @@ def gpt_arguments(config: PretrainedConfig) -> dict:
     scaled = rope["rope_type"] == "llama3"
     if scaled:
         constants = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        different = {key: rope[key] for key, value in constants.items() if rope[key] != value}
+        different = {key: rope.get(key) for key, value in constants.items() if rope.get(key) != value}
         if different:
             raise ValueError(f"llama3 rope scaling with {different} is not supported; megatron-core has {constants}")
     return {

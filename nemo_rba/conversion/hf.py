@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from nemo_rba.conversion.families import head_layout, rules
+from nemo_rba.conversion.families import FAMILIES, family_of, head_layout, rules
 from nemo_rba.conversion.mapping import Read, shard, unshard
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,13 +29,28 @@ class SafetensorsFolder:
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder; expected one with config.json and {_WEIGHTS}")
         if (self.folder / _INDEX).is_file():
-            files = json.loads((self.folder / _INDEX).read_text())["weight_map"]
+            self._files = self._read_index()
         elif (self.folder / _WEIGHTS).is_file():
-            files = dict.fromkeys(self._open(_WEIGHTS).keys(), _WEIGHTS)
+            self._files = dict.fromkeys(self._open(_WEIGHTS).keys(), _WEIGHTS)
         else:
             raise ValueError(f"{self.folder} has neither {_WEIGHTS} nor {_INDEX}; is the download complete?")
-        self._files: dict[str, str] = files
-        self._handles: dict[str, object] = {}
+        self._handles = {file: self._open(file) for file in sorted(set(self._files.values()))}
+        held = {file: set(handle.keys()) for file, handle in self._handles.items()}
+        lost = sorted(name for name, file in self._files.items() if name not in held[file])
+        if lost:
+            raise ValueError(f"{self.folder / _INDEX} names {len(lost)} tensors that its files lack: {lost[:5]}")
+
+    def _read_index(self) -> dict[str, str]:
+        try:
+            files = dict(json.loads((self.folder / _INDEX).read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / _INDEX} is no safetensors index with a weight_map: {error!r}") from error
+        lost = sorted(
+            {file for file in files.values() if Path(file).name != file or not (self.folder / file).is_file()}
+        )
+        if lost:
+            raise ValueError(f"{self.folder / _INDEX} names {lost}, not in this folder; is the download complete?")
+        return files
 
     def _open(self, name: str):
         try:
@@ -43,27 +58,61 @@ class SafetensorsFolder:
         except Exception as error:  # safetensors raises its own type, FileNotFoundError or OSError
             raise ValueError(f"cannot read {self.folder / name}: {error}") from error
 
+    def _handle(self, name: str):
+        if name not in self._files:
+            raise ValueError(f"{self.folder} has no tensor {name!r}; its weights do not fit its config.json")
+        return self._handles[self._files[name]]
+
     def names(self) -> set[str]:
         return set(self._files)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its file's header."""
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
     def __call__(self, name: str) -> Tensor:
-        if name not in self._files:
-            raise ValueError(f"{self.folder} has no tensor {name!r}; its weights do not fit its config.json")
-        file = self._files[name]
-        if file not in self._handles:
-            self._handles[file] = self._open(file)
-        return self._handles[file].get_tensor(name)
+        return self._handle(name).get_tensor(name)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file is missing, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} has no {path.name}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+    return values
 
 
 def load_hf_config(folder: str | Path) -> PretrainedConfig:
     """``config.json`` of a Hugging Face folder; code in the folder is never run.
 
     Raises:
-        ValueError: no config.json there.
+        ValueError: no config.json there, or one of an architecture or option that is not supported.
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; expected a Hugging Face language-model folder")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    name = read_json(Path(folder) / "config.json").get("model_type")
+    if name not in FAMILIES:
+        raise ValueError(f"{folder}: architecture {name!r} is not supported; expected one of {sorted(FAMILIES)}")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    family_of(config)
+    return config
+
+
+def expected_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face names and shapes of all tensors of the language model, tied ones once; takes no memory."""
+    family_of(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _global_name(gpt: nn.Module, name: str) -> tuple[str, int]:

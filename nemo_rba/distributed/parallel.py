@@ -51,21 +51,28 @@ def _check_existing(tensor_parallel_size: int, pipeline_parallel_size: int) -> N
         )
 
 
+def model_parallel_size() -> int:
+    """Over how many processes one copy of the weights is spread."""
+    return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+
 def data_parallel_rank() -> int:
     """Which share of the prompts is ours."""
     return parallel_state.get_data_parallel_rank()
 
 
 def data_parallel_size() -> int:
-    """How many ways the prompts are split."""
-    return parallel_state.get_data_parallel_world_size()
+    """How many ways the prompts are split; 1 before ``initialize``."""
+    return parallel_state.get_data_parallel_world_size() if parallel_state.model_parallel_is_initialized() else 1
 
 
 def data_parallel_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum of a small tensor over the data-parallel ranks; the same tensor comes back."""
-    if data_parallel_size() > 1:
-        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
-    return values
+    """Sum of a small tensor over the data-parallel ranks, where it was."""
+    if data_parallel_size() == 1:
+        return values
+    total = values.to(device(), copy=True)  # NCCL sums on the GPU only
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total.to(values.device)
 
 
 def device() -> torch.device:

@@ -25,6 +25,19 @@ class MegatronStrategy(DDPStrategy):
         super().setup_environment()
         parallel.initialize(**self._layout)
 
+    def setup(self, trainer) -> None:
+        """Refuse to train what could not be continued.
+
+        Raises:
+            ValueError: checkpoints are asked for, and the weights are sharded: rank 0 would write only its own share.
+        """
+        if parallel.model_parallel_size() > 1 and trainer.checkpoint_callbacks:
+            raise ValueError(
+                f"checkpoints of weights sharded over {parallel.model_parallel_size()} processes are not written yet; "
+                "set exp_manager.create_checkpoint_callback=false, or the model.*_parallel_size keys to 1"
+            )
+        super().setup(trainer)
+
     def configure_ddp(self) -> None:
         """Nothing to wrap."""
 

@@ -23,31 +23,37 @@ from torch import Tensor
 
 from nemo_rba.checkpoint.nemo_file import SafeSaveRestoreConnector
 from nemo_rba.conversion.families import gpt_arguments
-from nemo_rba.conversion.hf import config_from_dict, load_weights
-from nemo_rba.conversion.salm import open_salm
+from nemo_rba.conversion.foreign import refuse_foreign_code
+from nemo_rba.conversion.hf import config_from_dict, export_weights, load_weights
+from nemo_rba.conversion.salm import open_salm, write_salm
 from nemo_rba.data.prompt import SALMPrompt
-from nemo_rba.distributed import parallel
+from nemo_rba.distributed import parallel, pipeline
 from nemo_rba.modules.generation import generate
-from nemo_rba.modules.gpt import answer_logits, build_gpt, embed
+from nemo_rba.modules.gpt import answer_logits, build_gpt, embed, whole_sequences
 from nemo_rba.modules.perception import EncodedSpeech, adapt, check_perception, encode
-from nemo_rba.modules.splice import splice
+from nemo_rba.modules.splice import splice, valid_positions
 from nemo_rba.types import Rollout, SamplingParams, SpeechBatch
 
 _TOKENIZER_FILES = {"model": "tokenizer.json", "config": "tokenizer_config.json", "template": "chat_template.jinja"}
+_OPTIONAL_FILES = ("template",)  # NeMo's prompt formats do not use it
 _TARGET = "nemo_rba.models.rba_speech_lm.RBASpeechLM"
 
 
 class RBASpeechLM(ModelPT):
     """A speech language model that megatron can shard and NeMo can carry.
 
+    The speech side lives on the first pipeline stage, whole on each of its tensor-parallel ranks; elsewhere
+    ``perception`` is None.
+
     ``cfg`` keys: ``perception`` (NeMo AudioPerceptionModule), ``llm`` (Hugging Face config), ``tokenizer``
     (files model, config, template), ``prompt_format``, ``audio_locator_tag``, ``tensor_model_parallel_size``,
-    ``pipeline_model_parallel_size``, ``params_dtype``, ``seed``.
+    ``pipeline_model_parallel_size``, ``sequence_parallel``, ``params_dtype``, ``seed``.
     """
 
     def __init__(self, cfg: DictConfig, trainer=None):
         super().__init__(cfg=cfg, trainer=trainer)
         cfg = self.cfg
+        refuse_foreign_code(OmegaConf.to_container(cfg.perception, resolve=False), "perception")
         parallel.initialize(
             tensor_parallel_size=cfg.tensor_model_parallel_size,
             pipeline_parallel_size=cfg.pipeline_model_parallel_size,
@@ -56,21 +62,25 @@ class RBASpeechLM(ModelPT):
         self.prompt = self._load_prompt()
         self.llm_config = config_from_dict(OmegaConf.to_container(cfg.llm))
         dtype = getattr(torch, cfg.params_dtype)
-        self.llm = build_gpt(**gpt_arguments(self.llm_config), params_dtype=dtype).to(parallel.device())
-        self.perception = AudioPerceptionModule(cfg.perception).to(parallel.device(), dtype)
-        check_perception(self.perception)
+        self.llm = build_gpt(
+            **gpt_arguments(self.llm_config), params_dtype=dtype, sequence_parallel=cfg.sequence_parallel
+        ).to(parallel.device())
+        self.perception = None
+        if pipeline.is_first_stage():
+            self.perception = AudioPerceptionModule(cfg.perception).to(parallel.device(), dtype)
+            check_perception(self.perception)
         self.model_type = ModelType.encoder_or_decoder  # read by megatron's schedules
         self.eval()
 
     @classmethod
     def from_salm(
         cls, *, folder: str | Path, tensor_model_parallel_size: int, pipeline_model_parallel_size: int,
-        params_dtype: str, seed: int,
+        params_dtype: str, seed: int, sequence_parallel: bool,
     ) -> "RBASpeechLM":  # fmt: skip
         """Build from a NeMo SALM checkpoint folder (``SALM.save_pretrained`` with tokenizer and ``llm_backbone``).
 
         Raises:
-            ValueError: a file, key or tensor is missing, unexpected or of the wrong shape.
+            ValueError: a file, key or tensor is missing, unexpected or of the wrong shape; a layout does not divide.
         """
         salm = open_salm(folder)
         model = cls(
@@ -78,11 +88,12 @@ class RBASpeechLM(ModelPT):
                 {
                     "perception": salm.config["perception"],
                     "llm": salm.llm_config.to_diff_dict(),
-                    "tokenizer": {key: str(salm.folder / name) for key, name in _TOKENIZER_FILES.items()},
+                    "tokenizer": _tokenizer_files(salm.folder),
                     "prompt_format": salm.config["prompt_format"],
                     "audio_locator_tag": salm.config["audio_locator_tag"],
                     "tensor_model_parallel_size": tensor_model_parallel_size,
                     "pipeline_model_parallel_size": pipeline_model_parallel_size,
+                    "sequence_parallel": sequence_parallel,
                     "params_dtype": params_dtype,
                     "seed": seed,
                 }
@@ -95,8 +106,50 @@ class RBASpeechLM(ModelPT):
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         )
-        _load_perception(model.perception, salm.perception_state(), salm.folder)
+        if model.perception is not None:
+            _load_perception(model.perception, salm.perception_state(), salm.folder)
         return model
+
+    @classmethod
+    def check_salm(cls, folder: str | Path) -> None:
+        """Find all that ``from_salm`` would refuse, from names and shapes, without building the language model.
+
+        Raises:
+            ValueError: as ``from_salm``, also for the tokenizer, the prompt format and the audio tag.
+        """
+        salm = open_salm(folder)
+        gpt_arguments(salm.llm_config)
+        SALMPrompt.from_folder(
+            folder=salm.folder,
+            prompt_format=salm.config["prompt_format"],
+            audio_locator_tag=salm.config["audio_locator_tag"],
+        )
+        perception = AudioPerceptionModule(OmegaConf.create(salm.config["perception"]))
+        check_perception(perception)
+        salm.check_perception({name: tuple(value.shape) for name, value in perception.state_dict().items()})
+
+    def save_salm(self, folder: str | Path) -> None:
+        """Write a NeMo SALM checkpoint folder, which NeMo and its vLLM plug-in read. Collective, from any layout.
+
+        Each pipeline stage writes its own tensors into one file, one by one: all nodes must see the folder.
+
+        Raises:
+            ValueError: the folder exists.
+        """
+        keys = ("perception", "prompt_format", "audio_locator_tag")
+        rank = parallel_state.get_tensor_model_parallel_rank() + parallel_state.get_data_parallel_rank()
+        write_salm(
+            Path(folder),
+            settings={key: value for key, value in OmegaConf.to_container(self.cfg).items() if key in keys},
+            llm_config=self.llm_config,
+            dtype=getattr(torch, self.cfg.params_dtype),
+            tokenizer=self._tokenizer,
+            perception=None if self.perception is None else self.perception.state_dict(),
+            llm_tensors=export_weights(
+                self.llm, self.llm_config, tp_group=parallel_state.get_tensor_model_parallel_group()
+            ),
+            is_writer=rank == 0,
+        )
 
     @classmethod
     def restore_from(cls, restore_path, *args, save_restore_connector=None, **kwargs) -> "RBASpeechLM":
@@ -105,16 +158,36 @@ class RBASpeechLM(ModelPT):
         Raises:
             ValueError: not a ``.nemo`` of this class, or one that asks for either.
         """
+        if not Path(restore_path).is_file():
+            raise ValueError(f"{restore_path} does not exist; expected a .nemo file of an RBASpeechLM")
         connector = save_restore_connector or SafeSaveRestoreConnector(
-            target=_TARGET, artifact_keys=tuple(f"tokenizer.{key}" for key in _TOKENIZER_FILES)
+            target=_TARGET,
+            artifact_keys=tuple(f"tokenizer.{key}" for key in _TOKENIZER_FILES if key not in _OPTIONAL_FILES),
+            optional_artifact_keys=tuple(f"tokenizer.{key}" for key in _OPTIONAL_FILES),
         )
         return super().restore_from(str(restore_path), *args, save_restore_connector=connector, **kwargs)
+
+    def save_to(self, save_path: str) -> None:
+        """Write a ``.nemo``.
+
+        Raises:
+            ValueError: the weights are sharded; slices are not gathered yet.
+        """
+        size = parallel.model_parallel_size()
+        if size > 1:
+            raise ValueError(
+                f"{save_path}: weights sharded over {size} processes cannot be saved as .nemo; expected "
+                "tensor_model_parallel_size 1 and pipeline_model_parallel_size 1"
+            )
+        super().save_to(save_path)
 
     def _load_prompt(self) -> SALMPrompt:
         """Tokenizer from its registered files, which only exist under these names while the model is being built."""
         with tempfile.TemporaryDirectory() as folder:
-            for key, name in _TOKENIZER_FILES.items():
-                shutil.copy(self.register_artifact(f"tokenizer.{key}", self.cfg.tokenizer[key]), Path(folder) / name)
+            for key in list(self.cfg.tokenizer):
+                path = self.register_artifact(f"tokenizer.{key}", self.cfg.tokenizer[key])
+                shutil.copy(path, Path(folder) / _TOKENIZER_FILES[key])
+            self._tokenizer = {path.name: path.read_bytes() for path in Path(folder).iterdir()}  # for save_salm
             return SALMPrompt.from_folder(
                 folder=folder, prompt_format=self.cfg.prompt_format, audio_locator_tag=self.cfg.audio_locator_tag
             )
@@ -133,22 +206,54 @@ class RBASpeechLM(ModelPT):
         """Called by megatron's pipeline schedule."""
         self.llm.set_input_tensor(tensor)
 
+    # Looked up by megatron when it sums the gradients of tied embeddings over the first and last stage.
+
+    @property
+    def pre_process(self) -> bool:
+        """Whether this stage has the embeddings."""
+        return self.llm.pre_process
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        """Whether the word embeddings are tied to the output layer."""
+        return self.llm.share_embeddings_and_output_weights
+
+    def shared_embedding_or_output_weight(self) -> torch.nn.Parameter | None:
+        """This stage's copy of the tied embeddings."""
+        return self.llm.shared_embedding_or_output_weight()
+
     def encode(self, batch: SpeechBatch) -> EncodedSpeech:
-        """Run the speech encoder once for a batch; the result can be used for generation and for training."""
+        """Run the speech encoder once for a batch; the result can be used for generation and for training.
+
+        Collective over pipeline stages: those without the encoder get the number of frames, and no features.
+        """
+        speech = None if self.perception is None else self._encode_here(batch)
+        if pipeline.num_stages() == 1:
+            return speech
+        with torch.no_grad():
+            lens = batch.prompt_lens.to(parallel.device()) if speech is None else adapt(self.perception, speech)[1]
+            lens = pipeline.from_first_stage(lens.clone())
+        return EncodedSpeech(lens.new_empty(len(lens), 0), lens) if speech is None else speech
+
+    def _encode_here(self, batch: SpeechBatch) -> EncodedSpeech:
         device, dtype = parallel.device(), next(self.perception.encoder.parameters()).dtype
         return encode(self.perception, batch.audio.to(device, dtype), batch.audio_lens.to(device))
 
-    def embed_prompts(self, batch: SpeechBatch, speech: EncodedSpeech) -> tuple[Tensor, Tensor]:
-        """Left-padded prompt embeddings (S, B, H) and their valid positions (B, S)."""
+    def embed_prompts(self, batch: SpeechBatch, speech: EncodedSpeech) -> tuple[Tensor | None, Tensor]:
+        """Left-padded prompt embeddings (S, B, H), None beyond the first stage, and their valid positions (B, S)."""
+        prompt_lens = batch.prompt_lens.to(parallel.device())
+        if self.perception is None:
+            return None, valid_positions(prompt_lens, speech.lens)
         frames, frame_lens = adapt(self.perception, speech)
         ids = batch.prompt_ids.to(frames.device)
+        locator = self.prompt.audio_locator_id  # may lie beyond the embedding: its row is never used
         return splice(
-            token_embeddings=embed(self.llm, ids),
+            token_embeddings=embed(self.llm, ids.masked_fill(ids == locator, 0)),
             prompt_ids=ids,
-            prompt_lens=batch.prompt_lens.to(frames.device),
+            prompt_lens=prompt_lens,
             frames=frames,
             frame_lens=frame_lens,
-            locator_id=self.prompt.audio_locator_id,
+            locator_id=locator,
         )
 
     def forward(
@@ -161,10 +266,11 @@ class RBASpeechLM(ModelPT):
     ) -> Tensor:
         """Teacher-forced logits (M, V / tp) of the real tokens of N = B * G answers; see ``answer_logits``.
 
-        Without ``speech`` the encoder runs here, with its gradient.
+        Without ``speech`` the encoder runs here, with its gradient. Before the last pipeline stage the result is hidden
+        states, beyond the first the input comes by ``set_input_tensor``.
         """
-        prompts, valid = self.embed_prompts(batch, self.encode(batch) if speech is None else speech)
-        device = prompts.device
+        prompts, valid = self.embed_prompts(batch, self._encode_here(batch) if speech is None else speech)
+        device = valid.device
         return answer_logits(self.llm, prompts, valid, response_ids.to(device), response_mask.to(device), group_size)
 
     @torch.no_grad()
@@ -173,16 +279,17 @@ class RBASpeechLM(ModelPT):
     ) -> list[Rollout]:
         """``group_size`` answers to every prompt, ordered by prompt."""
         prompts, valid = self.embed_prompts(batch, speech)
-        out = generate(
-            self.llm,
-            prompts,
-            valid,
-            ids=[instruction.id for instruction in batch.instructions],
-            group_size=group_size,
-            end_id=self.prompt.eot_id,
-            banned_ids=self._banned_ids(),
-            params=params,
-        )
+        with whole_sequences(self.llm):
+            out = generate(
+                self.llm,
+                prompts,
+                valid,
+                ids=[instruction.id for instruction in batch.instructions],
+                group_size=group_size,
+                end_id=self.prompt.eot_id,
+                banned_ids=self._banned_ids(),
+                params=params,
+            )
         return [
             Rollout(
                 prompt_index=row // group_size,
@@ -199,8 +306,9 @@ class RBASpeechLM(ModelPT):
 
     def _banned_ids(self) -> Tensor:
         """Tokens that are no words: the audio locator, and rows that only pad the embedding."""
-        padding = range(self.prompt.vocab_size, self.llm_config.vocab_size)
-        return torch.tensor([self.prompt.audio_locator_id, *padding], device=parallel.device())
+        size = self.llm_config.vocab_size
+        locator = [self.prompt.audio_locator_id] if self.prompt.audio_locator_id < size else []
+        return torch.tensor([*locator, *range(self.prompt.vocab_size, size)], device=parallel.device()).long()
 
     @classmethod
     def list_available_models(cls) -> Sequence:
@@ -212,6 +320,11 @@ class RBASpeechLM(ModelPT):
 
     def setup_validation_data(self, config) -> None:
         """As ``setup_training_data``."""
+
+
+def _tokenizer_files(folder: Path) -> dict[str, str]:
+    paths = {key: folder / name for key, name in _TOKENIZER_FILES.items()}
+    return {key: str(path) for key, path in paths.items() if key not in _OPTIONAL_FILES or path.is_file()}
 
 
 def _load_perception(perception: AudioPerceptionModule, state: dict[str, Tensor], folder: Path) -> None:

@@ -3,6 +3,7 @@
 
 Randomness belongs to the prompt, not to the batch: an answer's uniforms come from (seed, instruction id) alone, so the
 same answers come out of any batch size, order, padding or data-parallel layout. Finished answers leave the batch.
+One rank of the last pipeline stage draws the tokens; all others get them from it.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from nemo_rba.distributed import pipeline
 from nemo_rba.modules.attention import DecodePlan, PrefixPlan
 from nemo_rba.modules.gpt import embed, logits, rotary_table, run
 from nemo_rba.types import SamplingParams
@@ -55,19 +57,20 @@ def choose(log_probs: Tensor, uniform: Tensor, params: SamplingParams) -> Tensor
 
 @torch.no_grad()
 def generate(
-    gpt: GPTModel, prompts: Tensor, valid: Tensor, *, ids: Sequence[str], group_size: int, end_id: int,
+    gpt: GPTModel, prompts: Tensor | None, valid: Tensor, *, ids: Sequence[str], group_size: int, end_id: int,
     banned_ids: Tensor, params: SamplingParams,
 ) -> Generated:  # fmt: skip
     """Sample ``group_size`` answers to each of B prompts.
 
-    prompts (P, B, H) left padded with valid (B, P); ``ids`` (B) name the prompts for their random numbers; tokens of
-    ``banned_ids`` are never chosen (kept log-probabilities are still those of the whole distribution).
+    prompts (P, B, H) left padded with valid (B, P), None beyond the first stage; ``ids`` (B) name the prompts for their
+    random numbers; tokens of ``banned_ids`` are never chosen (kept log-probabilities are still those of the whole
+    distribution).
     """
-    prefix, num_prompts, _ = prompts.shape
-    device, limit = prompts.device, params.max_new_tokens
+    num_prompts, prefix = valid.shape
+    device, limit = valid.device, params.max_new_tokens
     rotary = rotary_table(gpt, prefix + limit)
     prefill = PrefixPlan(rotary, valid, cache={})
-    hidden = run(gpt, prompts, prefill)
+    scores = _next_token_scores(gpt, prompts, prefill, (prefix, num_prompts), banned_ids)
     noise = uniforms(ids, group_size, params).flatten(0, 1).to(device)  # (N, limit)
     num_rows = num_prompts * group_size
     rows = torch.arange(num_rows, device=device)  # the answers still in the batch
@@ -76,13 +79,13 @@ def generate(
     logprobs = torch.zeros(num_rows, limit, device=device)
     lengths = torch.full((num_rows,), limit, device=device)
     ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    scores = _next_token_scores(gpt, hidden[-1:], banned_ids).repeat_interleave(group_size, 0)
+    scores = None if scores is None else scores.repeat_interleave(group_size, 0)
     for step in range(limit):
-        token = choose(scores, noise[rows, step], params)
+        token, chosen = _draw(scores, noise[rows, step], params)
         alive = ~ended[rows]
         living = rows[alive]
         tokens[living, step] = token[alive]
-        logprobs[living, step] = scores.gather(1, token[:, None])[alive, 0]
+        logprobs[living, step] = chosen[alive]
         done = living[token[alive] == end_id]
         ended[done], lengths[done] = True, step + 1
         num_living = len(living) - len(done)
@@ -92,9 +95,9 @@ def generate(
             kept = (~ended[rows]).nonzero()[:, 0]
             rows, token = rows[kept], token[kept]
             plan.keep(kept)
-        hidden = run(gpt, embed(gpt, token[None].T), plan)
+        words = embed(gpt, token[:, None]) if gpt.pre_process else None
+        scores = _next_token_scores(gpt, words, plan, (1, len(rows)), banned_ids)
         plan.num_cached += 1
-        scores = _next_token_scores(gpt, hidden, banned_ids)
     sizes = lengths.tolist()
     return Generated(
         token_ids=[row[:n].cpu() for row, n in zip(tokens, sizes, strict=True)],
@@ -103,8 +106,29 @@ def generate(
     )
 
 
-def _next_token_scores(gpt: GPTModel, hidden: Tensor, banned_ids: Tensor) -> Tensor:
-    """Log-probabilities (n, V) after hidden (1, n, H), -inf at banned tokens."""
-    scores = logits(gpt, hidden, gather=True)[0].float().log_softmax(-1)
+def _next_token_scores(
+    gpt: GPTModel, embeddings: Tensor | None, plan: PrefixPlan | DecodePlan, shape: tuple[int, int], banned_ids: Tensor
+) -> Tensor | None:
+    """Through all stages: log-probabilities (n, V) after the last of ``shape`` (s, n) positions, -inf at banned tokens.
+
+    None before the last stage.
+    """
+    if not gpt.pre_process:
+        gpt.set_input_tensor(pipeline.receive((*shape, gpt.config.hidden_size), gpt.config.pipeline_dtype))
+    hidden = run(gpt, embeddings, plan)
+    if not gpt.post_process:
+        pipeline.send(hidden)
+        return None
+    scores = logits(gpt, hidden[-1:], gather=True)[0].float().log_softmax(-1)
     scores[:, banned_ids] = -torch.inf
     return scores
+
+
+def _draw(scores: Tensor | None, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-probability, the same on every rank: (n,), (n,)."""
+    drawn = uniform.new_zeros(2, len(uniform))  # float64 holds token ids exactly
+    if scores is not None:
+        drawn[0] = choose(scores, uniform, params)
+        drawn[1] = scores.gather(1, drawn[:1].long().T)[:, 0]
+    pipeline.agree(drawn)
+    return drawn[0].long(), drawn[1].float()

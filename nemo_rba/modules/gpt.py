@@ -3,18 +3,29 @@
 
 Nothing of the model is ours but its core attention (``modules/attention.py``). The three steps of a forward pass are
 separate functions, because a speech prompt enters as embeddings and only answer positions need logits.
+
+Under pipeline parallelism a stage without embeddings gets hidden states by ``set_input_tensor``, from megatron's
+schedule or from generation. Under sequence parallelism embeddings are scattered after the splice and hidden states
+gathered after the last layer, so that everything outside of the layers sees all positions.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nemo_rba.distributed import cpu
 from nemo_rba.modules.attention import DecodePlan, GroupPlan, PlannedAttention, PrefixPlan, Rotary
 
 
@@ -27,16 +38,26 @@ def have_transformer_engine() -> bool:
 
 def build_gpt(
     *, transformer: dict, vocab_size: int, max_sequence_length: int, rotary_base: float, rope_scaling: bool,
-    rope_scaling_factor: float, tied_embeddings: bool, params_dtype: torch.dtype,
+    rope_scaling_factor: float, tied_embeddings: bool, params_dtype: torch.dtype, sequence_parallel: bool,
 ) -> GPTModel:  # fmt: skip
     """This rank's share of the model, with random weights.
 
     ``transformer`` holds the TransformerConfig fields that describe the architecture (``conversion.families``).
     """
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    refuse_unproven(tp, pp, dist.get_world_size())
+    check_layout(
+        transformer=transformer, vocab_size=vocab_size, tensor_parallel_size=tp, pipeline_parallel_size=pp,
+        sequence_parallel=sequence_parallel,
+    )  # fmt: skip
     config = TransformerConfig(
         **transformer,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=sequence_parallel,
+        variable_seq_lengths=pp > 1,  # stages tell each other the shape of every microbatch
+        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths; there are no experts
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
@@ -51,26 +72,103 @@ def build_gpt(
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
-    make_spec = get_gpt_layer_with_transformer_engine_spec if have_transformer_engine() else get_gpt_layer_local_spec
-    spec = make_spec(qk_layernorm=config.qk_layernorm, **({} if have_transformer_engine() else _RMS))
-    spec.submodules.self_attention.submodules.core_attention = PlannedAttention
-    return GPTModel(
-        config,
-        spec,
-        vocab_size=vocab_size,
-        max_sequence_length=max_sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-        rotary_base=rotary_base,
-        rope_scaling=rope_scaling,
-        rope_scaling_factor=rope_scaling_factor,
-        share_embeddings_and_output_weights=tied_embeddings,
-        parallel_output=True,
-    )
+    with cpu.redirect_cuda():  # the last stage copies tied embeddings from the first
+        gpt = GPTModel(
+            config,
+            _spec(config),
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            position_embedding_type="rope",
+            rotary_base=rotary_base,
+            rope_scaling=rope_scaling,
+            rope_scaling_factor=rope_scaling_factor,
+            share_embeddings_and_output_weights=tied_embeddings,
+            parallel_output=True,
+            scatter_embedding_sequence_parallel=False,
+        )
+    for parameter in gpt.parameters():  # conversion reads on every parameter whether it is sharded
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    if sequence_parallel and gpt.post_process:  # its input, a selection of positions, is whole
+        gpt.output_layer.sequence_parallel, gpt.output_layer.allreduce_dgrad = False, True
+    return gpt
 
 
-_RMS = {"normalization": "RMSNorm"}
+def check_layout(
+    *, transformer: dict, vocab_size: int, tensor_parallel_size: int, pipeline_parallel_size: int,
+    sequence_parallel: bool,
+) -> None:  # fmt: skip
+    """Refuse what cannot be cut evenly.
+
+    Raises:
+        ValueError: every number that does not divide.
+    """
+    tp, pp = tensor_parallel_size, pipeline_parallel_size
+    sizes = {name: transformer[name] for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
+    wrong = [
+        f"{name} {size} does not divide by tensor_model_parallel_size {tp}"
+        for name, size in (sizes | {"vocab_size": vocab_size}).items()
+        if size % tp
+    ]
+    if transformer["num_layers"] % pp:
+        wrong.append(f"num_layers {transformer['num_layers']} does not divide by pipeline_model_parallel_size {pp}")
+    if sequence_parallel and tp == 1:
+        wrong.append("sequence_parallel needs tensor_model_parallel_size above 1, got 1")
+    if wrong:
+        raise ValueError("; ".join(wrong) + "; change the model.*_parallel keys")
+
+
+def refuse_unproven(tensor_parallel_size: int, pipeline_parallel_size: int, world_size: int) -> None:
+    """Refuse every layout that ``tests/distributed/parity_checks.py`` has not yet shown to equal one process.
+
+    Raises:
+        ValueError: there is more than one process.
+    """
+    if world_size > 1:
+        raise ValueError(
+            f"tensor {tensor_parallel_size} x pipeline {pipeline_parallel_size} on {world_size} processes is not yet "
+            "shown to equal one process; set trainer.devices, trainer.num_nodes and the model.*_parallel_size keys to 1"
+        )
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm where megatron builds norms; its own wrapper of it refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **kwargs):
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over tensor-parallel ranks
+
+
+def _spec(config: TransformerConfig):
+    """Layers of Transformer Engine on a GPU that has it, else of torch; always with our core attention."""
+    if have_transformer_engine():
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec.submodules.self_attention.submodules.core_attention = PlannedAttention
+        return spec
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = PlannedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+@contextmanager
+def whole_sequences(gpt: GPTModel) -> Iterator[None]:
+    """Scope without sequence parallelism, same weights and no gradients: one new token cannot be cut into parts."""
+    if not gpt.config.sequence_parallel:
+        yield
+        return
+    owners = [gpt.config, *(m for m in gpt.modules() if hasattr(m, "sequence_parallel") and m.sequence_parallel)]
+    try:
+        for owner in owners:
+            owner.sequence_parallel = False
+        yield
+    finally:
+        for owner in owners:
+            owner.sequence_parallel = True
 
 
 def rotary_table(gpt: GPTModel, length: int) -> Rotary:
@@ -85,9 +183,18 @@ def embed(gpt: GPTModel, ids: Tensor) -> Tensor:
     return gpt.embedding(input_ids=ids, position_ids=None)
 
 
-def run(gpt: GPTModel, embeddings: Tensor, plan: PrefixPlan | GroupPlan | DecodePlan) -> Tensor:
-    """Hidden states (s, b, H) of embeddings (s, b, H) after this stage's layers."""
-    return gpt.decoder(hidden_states=embeddings, attention_mask=None, attention_bias=plan)
+def run(gpt: GPTModel, embeddings: Tensor | None, plan: PrefixPlan | GroupPlan | DecodePlan) -> Tensor:
+    """Hidden states after this stage's layers: (s, b, H) after the last one.
+
+    ``embeddings`` (s, b, H) is None beyond the first stage. Sequence-parallel ranks hand on (s / tp, b, H).
+    """
+    sequence_parallel = gpt.config.sequence_parallel
+    if sequence_parallel and gpt.pre_process:
+        embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
+    hidden = gpt.decoder(hidden_states=embeddings, attention_mask=None, attention_bias=plan)
+    if sequence_parallel and gpt.post_process:  # what follows is the same on every rank, and so is its gradient
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    return hidden
 
 
 def logits(gpt: GPTModel, hidden: Tensor, *, gather: bool) -> Tensor:
@@ -98,19 +205,29 @@ def logits(gpt: GPTModel, hidden: Tensor, *, gather: bool) -> Tensor:
 
 
 def answer_logits(
-    gpt: GPTModel, prompts: Tensor, valid: Tensor, response_ids: Tensor, response_mask: Tensor, group_size: int
+    gpt: GPTModel, prompts: Tensor | None, valid: Tensor, response_ids: Tensor, response_mask: Tensor, group_size: int
 ) -> Tensor:
     """Teacher-forced logits of every real answer token, the prompt computed once for its G answers.
 
-    prompts (P, B, H) left padded with valid (B, P); response_ids and response_mask (N, T), N = B * G ordered by prompt.
-    Returns (M, V / tp), M = real tokens in the row-major order of ``response_mask``.
+    prompts (P, B, H) left padded with valid (B, P), None beyond the first stage; response_ids and response_mask (N, T),
+    N = B * G ordered by prompt. Returns (M, V / tp), M = real tokens in the row-major order of ``response_mask``, or
+    before the last stage the hidden states to hand on.
     """
-    (prefix, num_prompts, hidden_size), (num_rows, num_tokens) = prompts.shape, response_ids.shape
+    num_rows, num_tokens = response_ids.shape
     fed = num_tokens - 1  # the last token of an answer predicts nothing
-    answers = embed(gpt, response_ids[:, :fed]).view(fed, num_prompts, group_size, hidden_size)
-    answers = answers.permute(2, 0, 1, 3).reshape(group_size * fed, num_prompts, hidden_size)
-    plan = GroupPlan(rotary_table(gpt, prefix + fed), valid, group_size, fed)
-    hidden = run(gpt, torch.cat((prompts, answers)), plan)
+    if gpt.config.sequence_parallel:  # positions that divide by tp
+        padding = -(valid.shape[1] + group_size * fed) % gpt.config.tensor_model_parallel_size
+        valid = F.pad(valid, (padding, 0))
+        prompts = None if prompts is None else F.pad(prompts, (0, 0, 0, 0, padding, 0))
+    (num_prompts, prefix), hidden_size = valid.shape, gpt.config.hidden_size
+    embeddings = None
+    if gpt.pre_process:
+        answers = embed(gpt, response_ids[:, :fed]).view(fed, num_prompts, group_size, hidden_size)
+        answers = answers.permute(2, 0, 1, 3).reshape(group_size * fed, num_prompts, hidden_size)
+        embeddings = torch.cat((prompts, answers))
+    hidden = run(gpt, embeddings, GroupPlan(rotary_table(gpt, prefix + fed), valid, group_size, fed))
+    if not gpt.post_process:
+        return hidden
     first = hidden[prefix - 1].expand(group_size, 1, num_prompts, hidden_size)
     hidden = torch.cat((first, hidden[prefix:].view(group_size, fed, num_prompts, hidden_size)), 1)
     hidden = hidden.permute(2, 0, 1, 3).reshape(num_rows, num_tokens, hidden_size)  # (B, G, T, H) -> (N, T, H)

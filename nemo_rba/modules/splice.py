@@ -5,6 +5,13 @@ import torch
 from torch import Tensor
 
 
+def valid_positions(prompt_lens: Tensor, frame_lens: Tensor) -> Tensor:
+    """Which positions of the left-padded, spliced prompts are real: (B, S), S = the longest prompt."""
+    lengths = prompt_lens - 1 + frame_lens
+    total = int(lengths.max())
+    return torch.arange(total, device=lengths.device) >= total - lengths[:, None]
+
+
 def splice(
     *, token_embeddings: Tensor, prompt_ids: Tensor, prompt_lens: Tensor, frames: Tensor, frame_lens: Tensor,
     locator_id: int,
@@ -26,10 +33,8 @@ def splice(
         raise ValueError(f"every prompt needs the audio locator (id {locator_id}) exactly once, found {counts}")
     locator = is_locator.int().argmax(1, keepdim=True)  # (B, 1)
     frame_lens = frame_lens[:, None].to(device)
-    lengths = prompt_lens[:, None] - 1 + frame_lens
-    total = int(lengths.max())
-    index = torch.arange(total, device=device) - (total - lengths)  # (B, S), negative where padded
-    valid = index >= 0
+    valid = valid_positions(prompt_lens, frame_lens[:, 0])
+    index = valid.long().cumsum(1) - 1  # (B, S), -1 where padded
     # one pool a row: tokens 0 .. P-1, then frames P .. P+F-1, then a zero vector for the padding
     source = torch.where(
         index < locator,

@@ -89,10 +89,10 @@ def build(salm_folder, manifest, folder, crash_at=None):
     )  # fmt: skip
 
 
-def fit(module, folder):
+def fit(module, folder, when):
     trainer = Trainer(
         accelerator="cpu", devices=1, max_steps=2 * NUM_BATCHES, logger=False, enable_checkpointing=False,
-        use_distributed_sampler=False, enable_progress_bar=False, num_sanity_val_steps=0, val_check_interval=3,
+        use_distributed_sampler=False, enable_progress_bar=False, num_sanity_val_steps=-1, val_check_interval=3,
         check_val_every_n_epoch=None, log_every_n_steps=1,
         strategy=MegatronStrategy(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0),
         callbacks=[MetricsFile(path=folder / "metrics.jsonl")],
@@ -104,8 +104,7 @@ def fit(module, folder):
                 exp_dir=str(folder), name="run", create_tensorboard_logger=False, resume_if_exists=True,
                 resume_ignore_no_checkpoint=True, use_datetime_version=False,
                 checkpoint_callback_params=dict(
-                    monitor="val/reward", mode="max", save_top_k=1, save_last=True, every_n_train_steps=2,
-                    every_n_epochs=None, save_nemo_on_train_end=False,
+                    monitor="val/reward", mode="max", save_top_k=1, save_last=True, save_nemo_on_train_end=False, **when
                 ),
             )
         ),
@@ -113,13 +112,21 @@ def fit(module, folder):
     trainer.fit(module)
 
 
-def test_interrupted_run_equals_uninterrupted_one(llama_salm, manifest, tmp_path):
+@pytest.mark.parametrize(
+    "when",
+    [
+        {"every_n_train_steps": 2, "every_n_epochs": None},
+        {"every_n_train_steps": None, "every_n_epochs": 1, "save_on_train_epoch_end": False},
+    ],
+    ids=["every few steps", "at validation"],
+)
+def test_interrupted_run_equals_uninterrupted_one(when, llama_salm, manifest, tmp_path):
     whole = build(llama_salm[0], manifest, tmp_path)
-    fit(whole, tmp_path / "whole")
+    fit(whole, tmp_path / "whole", when)
     with pytest.raises(StopHere):
-        fit(build(llama_salm[0], manifest, tmp_path, crash_at=4), tmp_path / "broken")
+        fit(build(llama_salm[0], manifest, tmp_path, crash_at=4), tmp_path / "broken", when)
     resumed = build(llama_salm[0], manifest, tmp_path)
-    fit(resumed, tmp_path / "broken")
+    fit(resumed, tmp_path / "broken", when)
     assert whole.num_batches == resumed.num_batches == NUM_BATCHES
     assert whole.schedule.step == resumed.schedule.step == 2 * NUM_BATCHES
     for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
@@ -128,3 +135,5 @@ def test_interrupted_run_equals_uninterrupted_one(llama_salm, manifest, tmp_path
     assert str(moments[0]) == str(moments[1])
     one, two = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "broken")]
     assert one == two, "the metrics of the two runs, step by step"
+    assert '"step": 0' in one.splitlines()[0]
+    assert "val/gap_closed" in one

@@ -8,8 +8,9 @@ import torch
 from tiny_models import load_speech_lm, make_batch
 
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss
-from nemo_rba.algorithms.policy import MegatronPolicy
+from nemo_rba.algorithms.policy import FrozenPolicy, MegatronPolicy
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts, collate, prompt_index
+from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.types import SamplingParams
 
 SETTINGS = dict(weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-8, max_grad_norm=1.0, generation_batch_size=8)
@@ -170,3 +171,28 @@ def test_freeze_patterns_are_checked(llama_salm):
         make_policy(llama_salm[0], freeze=["^encoder"])
     with pytest.raises(ValueError, match="nothing to train"):
         make_policy(llama_salm[0], freeze=["."])
+
+
+def test_speech_cache_hears_what_the_encoder_hears(llama_salm, speech_batch):
+    cache, model = SpeechCache(), load_speech_lm(llama_salm[0])
+    params = SamplingParams(max_new_tokens=8, temperature=0)
+
+    def answers(model, batch, cache):
+        policy = FrozenPolicy(model=model, generation_batch_size=8, speech_cache=cache)
+        return [r.token_ids.tolist() for r in policy.generate(batch, group_size=1, params=params)]
+
+    other = load_speech_lm(llama_salm[0])
+    with torch.no_grad():
+        other.llm.decoder.final_layernorm.weight.mul_(-1)
+    alone = [answers(each, speech_batch, None) for each in (model, other)]
+    calls = []
+    for each in (model, other):
+        each.encode = lambda batch, encode=each.encode: calls.append(1) or encode(batch)
+    assert [answers(each, speech_batch, cache) for each in (model, other)] == alone
+    assert len(calls) == 1
+    louder = dataclasses.replace(speech_batch, audio=speech_batch.audio * 2)
+    answers(model, louder, cache)
+    with torch.no_grad():
+        next(other.perception.encoder.parameters()).add_(0.1)
+    answers(other, speech_batch, cache)
+    assert len(calls) == 3, "other audio or another encoder is heard anew"

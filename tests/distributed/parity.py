@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy does, measured under one layout: answers, log-probabilities, gradients, metrics, updated weights.
+
+A script, ``parity.py FOLDER LAYOUT...``: FOLDER holds the SALM checkpoints ``llama`` and ``qwen3``, and each process of
+each layout leaves there what it measured.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from tiny_models import make_batch
+
+from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss
+from nemo_rba.algorithms.policy import FrozenPolicy, MegatronPolicy
+from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts, collate, select_prompts
+from nemo_rba.conversion.hf import _global_name
+from nemo_rba.conversion.mapping import unshard
+from nemo_rba.distributed import parallel, pipeline
+from nemo_rba.models.rba_speech_lm import RBASpeechLM
+from nemo_rba.modules import gpt
+from nemo_rba.types import SamplingParams
+
+LAYOUTS = {  # tensor, pipeline, sequence parallel; data parallelism is what is left of the world
+    "one": (1, 1, False),
+    "tp2": (2, 1, False),
+    "tp2_sp": (2, 1, True),
+    "pp2": (1, 2, False),
+    "dp2": (1, 1, False),
+    "tp2_pp2_sp": (2, 2, True),
+}
+WORLD_SIZES = {"one": 1, "tp2": 2, "tp2_sp": 2, "pp2": 2, "dp2": 2, "tp2_pp2_sp": 4}
+SECONDS = [0.7, 1.3, 1.0, 0.9, 0.5]  # 5 prompts: microbatches of 2, 2 and 1; data-parallel ranks of 3 and 2
+CONTEXTS = ["", "transcribe", "in french please", "", "say"]
+RESPONSES = ["paris", "hello again", "a b c", "one two", "red"]
+GROUP_SIZE = 4
+LEARNING_RATE = 1e-2
+FROZEN = {"encoder": ["^perception\\.(preprocessor|encoder)"], "llm": ["^llm\\."]}
+
+
+def make_policy(folder: Path, layout: str, frozen: str) -> MegatronPolicy:
+    tp, pp, sequence_parallel = LAYOUTS[layout]
+    model, start = (
+        RBASpeechLM.from_salm(
+            folder=folder, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+            sequence_parallel=sequence_parallel, params_dtype="float32", seed=0,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    return MegatronPolicy(
+        model=model, reference=start, freeze=FROZEN[frozen], micro_batch_size=2, generation_batch_size=3,
+        weight_decay=0.1, betas=(0.9, 0.98), max_grad_norm=1.0,
+        epsilon=1e-3,  # AdamW's first step is the sign of the gradient; this makes it continuous in it
+    )  # fmt: skip
+
+
+def whole(model, tensor_of) -> dict[str, torch.Tensor]:
+    """Full tensors of all stages by global name; every rank contributes its own copy of what is not sharded."""
+    tp, found = parallel_state.get_tensor_model_parallel_world_size(), {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value = tensor_of(parameter).detach().contiguous()
+        slices = [value]
+        if tp > 1 and getattr(parameter, "tensor_model_parallel", False):
+            slices = [torch.empty_like(value) for _ in range(tp)]
+            dist.all_gather(slices, value, group=parallel_state.get_tensor_model_parallel_group())
+        if name.startswith("llm."):
+            template, layer = _global_name(model.llm, name.removeprefix("llm."))
+            name = "llm." + template.format(layer)
+        found[name] = unshard(slices, parameter).clone()
+    if pipeline.num_stages() > 1:
+        stages = [None] * pipeline.num_stages()
+        dist.all_gather_object(stages, found, group=parallel_state.get_pipeline_model_parallel_group())
+        found = {name: value for stage in stages for name, value in stage.items()}
+    return found
+
+
+def update(policy, batch, rollouts, advantages, objective) -> dict:
+    """One optimiser step, and everything that could differ on the way."""
+    (part,) = collate(batch, rollouts, advantages, policy=policy, objective=objective, teacher=None, num_minibatches=1)
+    scored = {"logprobs": policy.logprobs(part), "reference": policy.logprobs(part, reference=True)}
+    result = {name: [row[mask] for row, mask in zip(v, part.response_mask, strict=True)] for name, v in scored.items()}
+    result["metrics"] = policy.forward_backward(part, objective)
+    result["gradients"] = whole(policy.model, lambda p: p.main_grad)
+    result["metrics"] |= policy.step(LEARNING_RATE)
+    result["weights"] = whole(policy.model, lambda p: p)
+    return result
+
+
+def answers(rollouts) -> dict:
+    return {
+        "tokens": [r.token_ids.tolist() for r in rollouts],
+        "logprobs": [r.logprobs for r in rollouts],
+        "truncated": [r.truncated for r in rollouts],
+    }
+
+
+def measure(folder: Path, layout: str, frozen: str) -> dict:
+    """A distillation step, greedy and seeded answers, then a policy-gradient step with a KL term."""
+    policy = make_policy(folder, layout, frozen)
+    rows = torch.arange(len(SECONDS))[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
+    batch = select_prompts(make_batch(policy.model.prompt, SECONDS, CONTEXTS, RESPONSES), rows)
+    taught = TeacherRollouts()(policy, batch, seed=0)
+    result = {"rows": rows.tolist()}
+    result["distillation"] = update(policy, batch, taught, torch.zeros(len(rows)), DistillationLoss())
+    greedy = SamplingParams(max_new_tokens=10, temperature=0)
+    result["greedy"] = answers(policy.generate(batch, group_size=1, params=greedy))
+    start = FrozenPolicy(model=policy.reference, generation_batch_size=8)
+    result["start"] = answers(start.generate(batch, group_size=1, params=greedy))
+    source = PolicyRollouts(group_size=GROUP_SIZE, max_new_tokens=12, temperature=1.0, top_p=0.95)
+    sampled = source(policy, batch, seed=1)
+    result["sampled"] = answers(sampled)
+    advantages = torch.linspace(-1, 1, len(SECONDS) * GROUP_SIZE).view(-1, GROUP_SIZE)[rows].flatten()
+    objective = ClippedPolicyLoss(
+        clip_low=0.2, clip_high=0.2, kl_coefficient=0.1, kl_estimator="k3", dense_weight=0.0, dense_clip=5.0,
+        aggregation="token_mean",
+    )  # fmt: skip
+    result["policy_gradient"] = update(policy, batch, sampled, advantages, objective)
+    return result
+
+
+CASES = {"llama": ("llama", "encoder"), "qwen3": ("qwen3", "encoder"), "speech_only": ("llama", "llm")}
+
+
+def run_rank(folder: Path, layout: str, rank: int, world_size: int, port: int) -> None:
+    """One process of a layout, as torchrun would start it."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "parity",
+    }  # fmt: skip
+    gpt.refuse_unproven = lambda *sizes: None  # proving them is what this is for
+    tp, pp, _ = LAYOUTS[layout]
+    parallel.initialize(tensor_parallel_size=tp, pipeline_parallel_size=pp, seed=0)
+    found = {case: measure(folder / family, layout, frozen) for case, (family, frozen) in CASES.items()}
+    torch.save(found, folder / f"{layout}.{rank}.pt")
+    dist.barrier()
+
+
+def run_layout(folder: Path, layout: str) -> None:
+    """All processes of a layout, forked: importing NeMo costs more than everything they do.
+
+    Raises:
+        RuntimeError: one of them failed; the others are stopped.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    size, fork = WORLD_SIZES[layout], multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(folder, layout, rank, size, port)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    while any(process.is_alive() for process in ranks):
+        multiprocessing.connection.wait([process.sentinel for process in ranks if process.is_alive()])
+        if any(process.exitcode for process in ranks):
+            for process in ranks:
+                process.kill()
+            raise RuntimeError(f"{layout}: exit codes {[process.exitcode for process in ranks]}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[2:]:
+        run_layout(Path(sys.argv[1]), name)

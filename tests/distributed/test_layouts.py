@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts that cannot run are refused before anything is built, with the numbers that do not fit."""
+
+import pytest
+
+from nemo_rba.modules.gpt import check_layout, refuse_unproven
+
+SIZES = {"num_attention_heads": 6, "num_query_groups": 2, "ffn_hidden_size": 96, "num_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "sequence_parallel", "message"),
+    [
+        (4, 1, False, "num_attention_heads 6 does not divide by tensor_model_parallel_size 4"),
+        (3, 1, False, "num_query_groups 2 does not divide by tensor_model_parallel_size 3"),
+        (3, 1, False, "vocab_size 64 does not divide by tensor_model_parallel_size 3"),
+        (5, 1, False, "ffn_hidden_size 96 does not divide by tensor_model_parallel_size 5"),
+        (1, 2, False, "num_layers 3 does not divide by pipeline_model_parallel_size 2"),
+        (1, 1, True, "sequence_parallel needs tensor_model_parallel_size above 1"),
+    ],
+)
+def test_uneven_layouts_are_refused_with_the_numbers(tp, pp, sequence_parallel, message):
+    with pytest.raises(ValueError, match=message):
+        check_layout(
+            transformer=SIZES, vocab_size=64, tensor_parallel_size=tp, pipeline_parallel_size=pp,
+            sequence_parallel=sequence_parallel,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("tp", "pp", "world"), [(2, 1, 2), (1, 2, 2), (1, 1, 2)])
+def test_unproven_layouts_are_refused(tp, pp, world):
+    refuse_unproven(1, 1, 1)
+    with pytest.raises(ValueError, match=f"tensor {tp} x pipeline {pp} on {world} processes is not yet shown"):
+        refuse_unproven(tp, pp, world)

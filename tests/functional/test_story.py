@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole story on the real assets, shortened: the commands of the README, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+ROOT = Path(__file__).parent.parent.parent
+SHORT = [
+    "num_minibatches=1",
+    "data.num_train=48", "data.num_dev=24", "data.num_test=40", "data.num_test_seen=20", "trainer.max_steps=12",
+    "schedule.warmup_steps=2", "trainer.val_check_interval=3", "evaluation.num_draws=200",
+]  # fmt: skip
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, f"examples/{script}", *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The main job, killed once in the middle of its alignment and started again."""
+    folder = tmp_path_factory.mktemp("story")
+    arguments = ["--config-name=rba_tiny", f"output={folder}", *SHORT]
+    process = start("rba_align.py", *arguments)
+    checkpoints = folder / "align_rba" / "lightning" / "checkpoints"
+    deadline = time.monotonic() + 400
+    while not list(checkpoints.glob("*-last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    output, _ = process.communicate()
+    assert list(checkpoints.glob("*-last.ckpt")), output[-3000:]
+    return folder, finish(start("rba_align.py", *arguments))
+
+
+def test_it_goes_on_after_a_kill(run):
+    folder, output = run
+    assert "stage synthesis: skipped" in output
+    assert "stage align_rba: continued after an interruption" in output
+    assert "Restored all states from the checkpoint" in output
+    steps = [json.loads(line)["step"] for line in (folder / "align_rba" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(13))
+
+
+def test_reward_rises_and_logprobs_agree(run):
+    lines = [json.loads(line) for line in (run[0] / "align_rba" / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if "reward/mean" in line]
+    dev = [line["val/reward"] for line in lines if "val/reward" in line]
+    assert max(line["health/logprob_error"] for line in train) < 1e-4
+    assert np.mean([line["reward/mean"] for line in train[-3:]]) > np.mean([line["reward/mean"] for line in train[:3]])
+    assert max(dev[1:]) > dev[0]
+
+
+def test_report_and_data_are_complete(run):
+    folder, _ = run
+    results = json.loads((folder / "report" / "results.json").read_text())
+    assert [c["name"] for c in results["conditions"]] == ["held-out voices", "seen voices"]
+    assert (folder / "report" / "report.html").stat().st_size > 50_000
+    assert "RBA" in results["headline"][0]
+    for name in ("card.json", "counts.json", "dropped.jsonl"):
+        assert (folder / "synthesis" / name).is_file()
+    for arm in ("rba", "sft", "forward_kl"):
+        assert (folder / f"align_{arm}" / f"{arm}.nemo").is_file()
+
+
+def test_a_second_run_does_nothing(run):
+    folder, _ = run
+    output = finish(start("rba_align.py", "--config-name=rba_tiny", f"output={folder}", *SHORT))
+    for stage in ("synthesis", "align_rba", "align_sft", "align_forward_kl", "report"):
+        assert f"stage {stage}: skipped" in output
+
+
+def test_chat_answers_a_stereo_file_of_another_rate(run, tmp_path):
+    from nemo_rba.synthesis.tts import EspeakTTS
+
+    voice = EspeakTTS(voices=["en-us"], rates=[160], pitches=[50], sampling_rate=44100)
+    audio = voice.synthesize(["what is the capital of france"], voice.speakers)[0].numpy()
+    soundfile.write(tmp_path / "question.wav", np.stack((audio, audio), 1), 44100)
+    model = f"model={run[0] / 'align_rba' / 'rba.nemo'}"
+    answer = finish(start("rba_chat.py", model, f"audio={tmp_path / 'question.wav'}")).strip().splitlines()[-1]
+    assert answer
+    assert all(ord(character) < 128 for character in answer)
+    refused = start("rba_chat.py", model, f"audio={tmp_path / 'nothing.wav'}")
+    assert "no such file" in refused.communicate(timeout=200)[0]
+    assert refused.returncode != 0
+
+
+def test_evaluation_of_any_nemo_and_manifest(run, tmp_path):
+    folder, _ = run
+    finish(
+        start(
+            "rba_evaluate.py", f"aligned={folder / 'align_sft' / 'sft.nemo'}", f"output={tmp_path}",
+            f"manifest={folder / 'synthesis' / 'dev'}",
+        )
+    )  # fmt: skip
+    (condition,) = json.loads((tmp_path / "results.json").read_text())["conditions"]
+    assert condition["name"] == "dev"
+
+
+def test_eight_billion_stops_before_any_work(tmp_path):
+    process = start("rba_align.py", "--config-name=rba_8b", f"output={tmp_path / 'out'}")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode != 0
+    for expected in ("nothing was started", "model.folder", "teacher.path", "fastpitch", "GPUs"):
+        assert expected in output
+    assert not (tmp_path / "out").exists()
