@@ -13,7 +13,7 @@ from nemo_rba.data.audio import read_audio, single_prompt
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 
 
-@hydra_runner(config_path="../conf", config_name="rba_chat")
+@hydra_runner(config_path="../conf/chat", config_name="rba_chat")
 def main(cfg: DictConfig) -> None:
     model = RBASpeechLM.restore_from(cfg.model)
     batch = single_prompt(read_audio(cfg.audio, model.sampling_rate), cfg.context, model.prompt)

@@ -84,6 +84,8 @@ def preflight(cfg: DictConfig) -> None:
         choices = [partial(instantiate, arm[key]) for key in ("rollouts", "advantage", "objective")]
         wrong += _complaint(lambda choices=choices: check_choices(*(make() for make in choices)))
         wrong += _complaint(instantiate, arm.schedule)
+    if "batch_size" in cfg.data and cfg.num_minibatches > cfg.data.batch_size:
+        wrong.append(f"num_minibatches = {cfg.num_minibatches} is more than data.batch_size = {cfg.data.batch_size}")
     if wrong:
         raise SystemExit("nothing was started, because:\n" + "\n".join(f"  - {line}" for line in wrong))
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rebuild every asset of the laptop recipe from nothing: teacher, spoken sets, speech encoder, SALM, and the figures.
 
-    python examples/tiny/build_assets.py                    # into examples/tiny, about an hour on two CPU cores
+    python examples/tiny/build_assets.py                    # into examples/tiny, one to two hours on two CPU cores
     python examples/tiny/build_assets.py --output /tmp/tiny --stages teacher
 
-Stages whose product exists are skipped when they are not named in ``--stages``; every stage is seeded.
+Without ``--stages`` all run, in this order; features that lie in ``--work`` already are reused. Every stage is seeded.
 """
 
 import argparse

@@ -83,6 +83,8 @@ def collate(
     if whole.teacher_logprobs is not None and whole.old_logprobs is not None:
         whole = dataclasses.replace(whole, teacher_baseline=_teacher_baseline(whole))
     prompts = whole.prompt_index.unique()
+    if num_minibatches > len(prompts):
+        raise ValueError(f"num_minibatches is {num_minibatches}, but a batch has only {len(prompts)} prompts; lower it")
     for chosen in prompts.tensor_split(num_minibatches):
         minibatch = select(whole, chosen)
         counts = data_parallel_sum(torch.tensor([minibatch.response_mask.sum(), len(minibatch)]))

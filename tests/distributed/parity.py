@@ -112,7 +112,7 @@ def measure(folder: Path, layout: str, frozen: str) -> dict:
     result["distillation"] = update(policy, batch, taught, torch.zeros(len(rows)), DistillationLoss())
     greedy = SamplingParams(max_new_tokens=10, temperature=0)
     result["greedy"] = answers(policy.generate(batch, group_size=1, params=greedy))
-    start = FrozenPolicy(model=policy.reference, generation_batch_size=8)
+    start = FrozenPolicy(model=policy.reference, generation_batch_size=8, speech_cache=None)
     result["start"] = answers(start.generate(batch, group_size=1, params=greedy))
     source = PolicyRollouts(group_size=GROUP_SIZE, max_new_tokens=12, temperature=1.0, top_p=0.95)
     sampled = source(policy, batch, seed=1)

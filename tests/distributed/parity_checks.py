@@ -7,8 +7,9 @@ layers, the softmax and the backward pass. Gradients are compared before clippin
 gradient norm. Tokens are compared exactly: a seeded sample would change only where a uniform number falls within 1e-6
 of a token's edge.
 
-NOT YET RUN, hence its name: ``pytest tests/distributed/parity_checks.py``. When it passes, rename it to
-``test_parity.py``, and remove ``modules.gpt.refuse_unproven``.
+NOT COLLECTED YET, hence its name: tp2 and dp2 agree where they were compared, pp2 hangs, tp2_pp2_sp was never run. Name
+layouts to ``parity.py`` to work on one. When all pass, rename this to ``test_parity.py`` and drop
+``modules.gpt.refuse_unproven``.
 """
 
 import os

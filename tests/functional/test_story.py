@@ -21,9 +21,9 @@ SHORT = [
 ]  # fmt: skip
 
 
-def start(script: str, *arguments: str) -> subprocess.Popen:
+def start(script: str, *arguments: str, stdout=subprocess.PIPE) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, f"examples/{script}", *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        [sys.executable, f"examples/{script}", *arguments], cwd=ROOT, text=True, stdout=stdout,
         stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
@@ -39,14 +39,17 @@ def run(tmp_path_factory):
     """The main job, killed once in the middle of its alignment and started again."""
     folder = tmp_path_factory.mktemp("story")
     arguments = ["--config-name=rba_tiny", f"output={folder}", *SHORT]
-    process = start("rba_align.py", *arguments)
     checkpoints = folder / "align_rba" / "lightning" / "checkpoints"
-    deadline = time.monotonic() + 400
-    while not list(checkpoints.glob("*-last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
+    log = folder.parent / "first.log"
+    with log.open("w") as output:  # a pipe nobody reads would fill up and stop the job
+        process = start("rba_align.py", *arguments, stdout=output)
+        deadline = time.monotonic() + 400
+        while not list(checkpoints.glob("*-last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+    assert process.poll() is None, log.read_text()[-3000:]
     os.killpg(process.pid, signal.SIGKILL)
-    output, _ = process.communicate()
-    assert list(checkpoints.glob("*-last.ckpt")), output[-3000:]
+    process.wait()
+    assert list(checkpoints.glob("*-last.ckpt")), log.read_text()[-3000:]
     return folder, finish(start("rba_align.py", *arguments))
 
 
