@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every decoder family on megatron-core against transformers: the same logits, and the same weights back."""
+
+import json
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nemo_rba.conversion.families import gpt_arguments
+from nemo_rba.conversion.hf import SafetensorsFolder, export_weights, load_hf_config, load_weights
+from nemo_rba.distributed import parallel
+from nemo_rba.modules.attention import PrefixPlan
+from nemo_rba.modules.gpt import build_gpt, embed, logits, rotary_table, run
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+CASES = [
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 16384}),
+    ("mistral", {"tie_word_embeddings": False, "sliding_window": None}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"tie_word_embeddings": False, "head_dim": 32}),
+]
+
+
+def make_folder(folder, family, options):
+    """A random model with every kind of weight different from its default."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, **options,
+        },
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def convert(folder):
+    parallel.initialize(tensor_parallel_size=1, pipeline_parallel_size=1, seed=0)
+    config = load_hf_config(folder)
+    gpt = build_gpt(**gpt_arguments(config), params_dtype=torch.float32, sequence_parallel=False).eval()
+    load_weights(gpt, SafetensorsFolder(folder), config, tp_size=1, tp_rank=0)
+    return gpt, config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "options"), CASES, ids=[f"{f}-{i}" for i, (f, _) in enumerate(CASES)])
+def test_logits_equal_transformers_and_weights_come_back(tmp_path, family, options):
+    model = make_folder(tmp_path, family, options)
+    gpt, config = convert(tmp_path)
+    ids = torch.randint(1, 96, (2, 40), generator=torch.Generator().manual_seed(1))
+    plan = PrefixPlan(rotary_table(gpt, 40), torch.ones(2, 40, dtype=torch.bool))
+    ours = logits(gpt, run(gpt, embed(gpt, ids), plan), gather=True).transpose(0, 1)
+    torch.testing.assert_close(ours, model(ids).logits, atol=2e-5, rtol=1e-5)
+    back = dict(export_weights(gpt, config, tp_group=parallel_state.get_tensor_model_parallel_group()))
+    stored = load_file(tmp_path / "model.safetensors")
+    assert back.keys() == stored.keys()
+    assert all(torch.equal(back[name], stored[name]) for name in stored)
+
+
+def test_sharded_folder_reads_the_same(tmp_path):
+    make_folder(tmp_path, "llama", {"tie_word_embeddings": True})
+    whole = load_file(tmp_path / "model.safetensors")
+    files = {}
+    for i, names in enumerate((sorted(whole)[::2], sorted(whole)[1::2])):
+        save_file({name: whole[name] for name in names}, tmp_path / f"model-{i}.safetensors")
+        files |= dict.fromkeys(names, f"model-{i}.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    read = SafetensorsFolder(tmp_path)
+    assert all(torch.equal(read(name), whole[name]) for name in whole)
+    (tmp_path / "model-1.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"model-1\.safetensors"):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "named"),
+    [
+        ("gpt2", {}, "gpt2"),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("mistral", {"sliding_window": 64}, "sliding_window"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type"),
+        ("llama", {"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, "low_freq_factor"),
+    ],
+)
+def test_what_would_be_converted_wrongly_is_named_and_refused(family, options, named):
+    with pytest.raises(ValueError, match=named):
+        gpt_arguments(AutoConfig.for_model(family, **options))
+
+
+def test_missing_tensor_and_wrong_shape_are_named(tmp_path):
+    make_folder(tmp_path, "llama", {"tie_word_embeddings": True})
+    whole = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({k: v for k, v in whole.items() if k != name}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="down_proj"):
+        convert(tmp_path)
+    save_file(whole | {name: whole[name][:, :8].contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="shape"):
+        convert(tmp_path)
+    with pytest.raises(ValueError, match="no-such-folder"):
+        SafetensorsFolder(tmp_path / "no-such-folder")
