@@ -67,6 +67,16 @@ PERCEPTION = {
 }  # fmt: skip
 
 
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Move norms and biases away from 1 and 0, where a lost one would not show."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.uniform_(0.5, 1.5)
+        if name.endswith("bias"):
+            parameter.normal_(0, 0.3)
+
+
 def make_llm_folder(folder: Path, family: str) -> Path:
     """A random Hugging Face language model with a ChatML word tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -91,12 +101,7 @@ def make_llm_folder(folder: Path, family: str) -> Path:
         initializer_range=0.2, bos_token_id=None, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.3)
+    randomize(model)
     model.save_pretrained(folder)
     return folder
 

@@ -2,7 +2,7 @@
 """Rebuild every asset of the laptop recipe from nothing: teacher, spoken sets, speech encoder, SALM, and the figures.
 
     python examples/tiny/build_assets.py                    # into examples/tiny, one to two hours on two CPU cores
-    python examples/tiny/build_assets.py --output /tmp/tiny --stages teacher
+    python examples/tiny/build_assets.py --output anywhere --stages teacher
 
 Without ``--stages`` all run, in this order; features that lie in ``--work`` already are reused. Every stage is seeded.
 """

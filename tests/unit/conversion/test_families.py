@@ -7,6 +7,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
+from tiny_models import randomize
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_rba.conversion.families import gpt_arguments
@@ -40,12 +41,7 @@ def make_folder(folder, family, options):
         },
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.3)
+    randomize(model)
     model.save_pretrained(folder)
     return model
 
