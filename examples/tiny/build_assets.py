@@ -3,6 +3,7 @@
 
     python examples/tiny/build_assets.py                    # into examples/tiny, one to two hours on two CPU cores
     python examples/tiny/build_assets.py --output anywhere --stages teacher
+    python examples/tiny/build_assets.py --output anywhere --scale 0.1     # the same path in minutes, for a check
 
 Without ``--stages`` all run, in this order; features that lie in ``--work`` already are reused. Every stage is seeded.
 """
@@ -13,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,12 +43,16 @@ TEACHER_STEPS, TRAIN_CLIPS = 6000, 16000
 class Builder:
     """Runs stages and keeps the figures in one JSON file, so that stages can run one at a time."""
 
-    def __init__(self, output: Path, work: Path):
-        self.output, self.work = output, work
+    def __init__(self, output: Path, work: Path, scale: float):
+        self.output, self.work, self.scale = output, work, scale
+        self.train_clips = self._scaled(TRAIN_CLIPS)
         self.teacher, self.salm, self.encoder = output / "teacher", output / "salm", work / "encoder.pt"
         self.figures_file = output / "FIGURES.json"
         work.mkdir(parents=True, exist_ok=True)
         output.mkdir(parents=True, exist_ok=True)
+
+    def _scaled(self, count: int) -> int:
+        return max(1, round(count * self.scale))
 
     def run(self, stage: str) -> None:
         """Run one stage and note how long it took."""
@@ -63,25 +68,30 @@ class Builder:
 
     def build_teacher(self) -> dict:
         """The text LLM."""
-        train_teacher.train_teacher(self.teacher, steps=TEACHER_STEPS, seed=SEEDS["teacher"])
-        return {"teacher_steps": TEACHER_STEPS}
+        steps = self._scaled(TEACHER_STEPS)
+        train_teacher.train_teacher(self.teacher, steps=steps, seed=SEEDS["teacher"])
+        return {"teacher_steps": steps}
 
     def build_speech(self) -> dict:
         """Clips and mel features."""
-        sets = train_encoder.spoken_sets(self.work, TRAIN_CLIPS)
+        sets = train_encoder.spoken_sets(self.work, self.train_clips)
         seconds = {name: round(len(s.frames) / len(s) / 100, 2) for name, s in sets.items()}
         return {"spoken_clips": {name: len(s) for name, s in sets.items()}, "mean_seconds": seconds}
 
     def build_encoder(self) -> dict:
         """The Conformer."""
-        sets = train_encoder.spoken_sets(self.work, TRAIN_CLIPS)
-        train_encoder.train_encoder(sets["train"], sets["dev"], self.encoder, seed=SEEDS["encoder"])
-        return {"encoder_steps": sum(phase.steps for phase in train_encoder.PHASES)}
+        sets = train_encoder.spoken_sets(self.work, self.train_clips)
+        phases = [
+            replace(phase, steps=self._scaled(phase.steps), warmup=self._scaled(phase.warmup))
+            for phase in train_encoder.PHASES
+        ]
+        train_encoder.train_encoder(sets["train"], sets["dev"], self.encoder, seed=SEEDS["encoder"], phases=phases)
+        return {"encoder_steps": sum(phase.steps for phase in phases)}
 
     def build_salm(self) -> dict:
         """The SALM."""
-        recipe = train_salm.Recipe()
-        sets = train_encoder.spoken_sets(self.work, TRAIN_CLIPS)
+        recipe = replace(train_salm.Recipe(), steps=self._scaled(train_salm.Recipe.steps))
+        sets = train_encoder.spoken_sets(self.work, self.train_clips)
         folder = self.work / "salm"
         train_salm.train_salm(folder, self.teacher, self.encoder, sets, recipe)
         shutil.rmtree(self.salm, ignore_errors=True)
@@ -135,9 +145,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE, help="where teacher/, salm/ and FIGURES.json go")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_assets"), help="features and the CTC encoder")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--scale", type=float, default=1.0, help="share of steps and clips")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    builder = Builder(arguments.output.resolve(), arguments.work.resolve())
+    builder = Builder(arguments.output.resolve(), arguments.work.resolve(), arguments.scale)
     for stage in arguments.stages:
         builder.run(stage)
 

@@ -3,6 +3,7 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -123,12 +124,14 @@ def edit_distance(a: list[str], b: list[str]) -> int:
     return row[-1]
 
 
-def train_encoder(train: SpokenSet, held_out: SpokenSet, output: Path, *, seed: int) -> WordCTC:
+def train_encoder(
+    train: SpokenSet, held_out: SpokenSet, output: Path, *, seed: int, phases: Sequence[Phase] = PHASES
+) -> WordCTC:
     """Train in phases with CTC and save encoder and head; returns the model."""
     torch.manual_seed(seed)
     model = WordCTC()
     print(f"encoder: {sum(p.numel() for p in model.encoder.parameters())} parameters, {len(model.words)} words")
-    for number, phase in enumerate(PHASES):
+    for number, phase in enumerate(phases):
         train_phase(model, train, held_out, output, phase, seed + 100 * number)
     return model
 

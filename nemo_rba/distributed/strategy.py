@@ -22,6 +22,8 @@ class MegatronStrategy(DDPStrategy):
         }
 
     def setup_environment(self) -> None:
+        if self.num_processes * self.num_nodes == 1:
+            parallel.initialize(**self._layout)  # before Lightning, which would open a port for a world of one
         super().setup_environment()
         parallel.initialize(**self._layout)
 

@@ -21,10 +21,14 @@ SHORT = [
 ]  # fmt: skip
 
 
+LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+
+
 def start(script: str, *arguments: str, stdout=subprocess.PIPE) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}  # Lightning leaves its own
     return subprocess.Popen(
         [sys.executable, f"examples/{script}", *arguments], cwd=ROOT, text=True, stdout=stdout,
-        stderr=subprocess.STDOUT, start_new_session=True,
+        stderr=subprocess.STDOUT, start_new_session=True, env=environment,
     )  # fmt: skip
 
 
