@@ -102,6 +102,12 @@ def missing(cfg: DictConfig) -> list[str]:
             f"trainer.devices = {cfg.trainer.devices}: this machine shows {torch.cuda.device_count()} GPUs. Run on a "
             "node that has them, in the NGC container of the Dockerfile, or choose --config-name=rba_tiny for a CPU"
         )
+    processes = cfg.trainer.devices * cfg.trainer.num_nodes
+    if processes > 1:
+        lines.append(
+            f"trainer.devices x trainer.num_nodes = {processes}: this version runs one process; parallel layouts are "
+            "written but not yet proven equal to it. Set both to 1, and the model.*_parallel_size keys"
+        )
     return lines
 
 

@@ -74,7 +74,7 @@ def test_preflight_names_everything_that_is_missing():
         recipe.preflight(cfg)
     message = str(stop.value)
     for expected in ("model.folder", "salm_train.py", "teacher.path", "huggingface-cli", "fastpitch", "vocoder",
-                     "trainer.devices = 9", "GPUs"):  # fmt: skip
+                     "trainer.devices = 9", "GPUs", "one process"):  # fmt: skip
         assert expected in message
 
 
