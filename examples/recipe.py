@@ -29,7 +29,7 @@ from nemo_rba.data.dataset import SpeechInstructionDataset
 from nemo_rba.data.loader import SpeechLoader
 from nemo_rba.distributed import parallel
 from nemo_rba.distributed.strategy import MegatronStrategy
-from nemo_rba.evaluation.plots import TrainingCurves
+from nemo_rba.evaluation.plots import TrainingCurves, read_curve
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
 from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, Prediction, System, TeacherSystem, run
@@ -54,9 +54,14 @@ PANELS = {
 
 
 def arms(cfg: DictConfig) -> dict[str, DictConfig]:
-    """The config of every arm: the main one, then each baseline, which replaces or amends some keys of it."""
+    """The config of every arm: the main one, then each baseline, which replaces or amends some keys of it.
+
+    A baseline that the main arm has become by its overrides is not run twice.
+    """
     found = {cfg.arm: cfg}
     for name, changes in cfg.baselines.items():
+        if LABELS.get(name, name) == LABELS.get(cfg.arm, cfg.arm):
+            continue
         arm = cfg.copy()
         for key, change in changes.items():
             arm[key] = change if "_target_" in change else OmegaConf.merge(cfg[key], change)
@@ -285,4 +290,10 @@ def training(cfg: DictConfig, folders: dict[str, Path]) -> dict:
     for arm, folder in folders.items():
         seconds = json.loads((folder / "done.json").read_text())["seconds"]
         budget[LABELS.get(arm, arm)] = {"clips": f"{clips:,}", "time": f"{seconds:.0f} s"}
-    return {"curves": TrainingCurves(runs=curves, panels=PANELS, step="step"), "budget": budget}
+    files = [file for paths in curves.values() for file in paths]
+    panels = {
+        title: column
+        for title, column in PANELS.items()
+        if any(len(read_curve(file, step="step", column=column)[0]) for file in files)
+    }
+    return {"curves": TrainingCurves(runs=curves, panels=panels, step="step"), "budget": budget}

@@ -53,14 +53,25 @@ def test_group_targets_accept_their_keys(path):
     assert recipe.unfit(OmegaConf.load(path)) == []
 
 
-@pytest.mark.parametrize("objective", ["distillation", "forward_kl"])
-def test_two_overrides_make_a_baseline(objective):
+@pytest.mark.parametrize(
+    ("objective", "expected"), [("distillation", ["distillation", "forward_kl"]), ("forward_kl", ["forward_kl", "sft"])]
+)
+def test_two_overrides_make_a_baseline(objective, expected):
     cfg = load("rba_tiny", "rollouts=teacher", f"objective={objective}")
-    assert cfg.arm == objective
     arms = recipe.arms(cfg)
-    assert list(arms) == [objective, "sft", "forward_kl"][: len(arms)] or objective in arms
-    assert arms[objective].rollouts._target_.endswith("TeacherRollouts")
-    assert "clip_low" not in arms["sft"].objective
+    assert list(arms) == expected, "the baseline that the main arm has become is not run twice"
+    assert all(arm.rollouts._target_.endswith("TeacherRollouts") for arm in arms.values())
+    assert not any("clip_low" in arm.objective for arm in arms.values())
+    recipe.preflight(cfg)
+
+
+def test_report_shows_only_curves_that_some_arm_has(tmp_path):
+    cfg = load("rba_tiny")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": 0.6}\n')
+    (tmp_path / "done.json").write_text('{"seconds": 12.3}')
+    trained = recipe.training(cfg, {"sft": tmp_path})
+    assert list(trained["curves"].panels) == ["Reward"]
+    assert trained["budget"]["SFT"] == {"clips": "1,440", "time": "12 s"}
 
 
 def test_unknown_key_is_refused():
