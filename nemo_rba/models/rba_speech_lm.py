@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from nemo.collections.speechlm2.modules.perception import AudioPerceptionModule
 from nemo.core import ModelPT
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -30,7 +29,7 @@ from nemo_rba.data.prompt import SALMPrompt
 from nemo_rba.distributed import parallel, pipeline
 from nemo_rba.modules.generation import generate
 from nemo_rba.modules.gpt import answer_logits, build_gpt, embed, whole_sequences
-from nemo_rba.modules.perception import EncodedSpeech, adapt, check_perception, encode
+from nemo_rba.modules.perception import EncodedSpeech, adapt, build_perception, encode
 from nemo_rba.modules.splice import splice, valid_positions
 from nemo_rba.types import Rollout, SamplingParams, SpeechBatch
 
@@ -67,8 +66,7 @@ class RBASpeechLM(ModelPT):
         ).to(parallel.device())
         self.perception = None
         if pipeline.is_first_stage():
-            self.perception = AudioPerceptionModule(cfg.perception).to(parallel.device(), dtype)
-            check_perception(self.perception)
+            self.perception = build_perception(cfg.perception).to(parallel.device(), dtype)
         self.model_type = ModelType.encoder_or_decoder  # read by megatron's schedules
         self.eval()
 
@@ -124,8 +122,7 @@ class RBASpeechLM(ModelPT):
             prompt_format=salm.config["prompt_format"],
             audio_locator_tag=salm.config["audio_locator_tag"],
         )
-        perception = AudioPerceptionModule(OmegaConf.create(salm.config["perception"]))
-        check_perception(perception)
+        perception = build_perception(OmegaConf.create(salm.config["perception"]))
         salm.check_perception({name: tuple(value.shape) for name, value in perception.state_dict().items()})
 
     def save_salm(self, folder: str | Path) -> None:
@@ -327,7 +324,7 @@ def _tokenizer_files(folder: Path) -> dict[str, str]:
     return {key: str(path) for key, path in paths.items() if key not in _OPTIONAL_FILES or path.is_file()}
 
 
-def _load_perception(perception: AudioPerceptionModule, state: dict[str, Tensor], folder: Path) -> None:
+def _load_perception(perception: torch.nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     result = perception.load_state_dict(state, strict=False)
     if result.missing_keys or result.unexpected_keys:
         raise ValueError(

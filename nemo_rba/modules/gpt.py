@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
@@ -46,7 +45,6 @@ def build_gpt(
     """
     tp = parallel_state.get_tensor_model_parallel_world_size()
     pp = parallel_state.get_pipeline_model_parallel_world_size()
-    refuse_unproven(tp, pp, dist.get_world_size())
     check_layout(
         transformer=transformer, vocab_size=vocab_size, tensor_parallel_size=tp, pipeline_parallel_size=pp,
         sequence_parallel=sequence_parallel,
@@ -117,19 +115,6 @@ def check_layout(
         wrong.append("sequence_parallel needs tensor_model_parallel_size above 1, got 1")
     if wrong:
         raise ValueError("; ".join(wrong) + "; change the model.*_parallel keys")
-
-
-def refuse_unproven(tensor_parallel_size: int, pipeline_parallel_size: int, world_size: int) -> None:
-    """Refuse every layout that ``tests/distributed/parity_checks.py`` has not yet shown to equal one process.
-
-    Raises:
-        ValueError: there is more than one process.
-    """
-    if world_size > 1:
-        raise ValueError(
-            f"tensor {tensor_parallel_size} x pipeline {pipeline_parallel_size} on {world_size} processes is not yet "
-            "shown to equal one process; set trainer.devices, trainer.num_nodes and the model.*_parallel_size keys to 1"
-        )
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -7,6 +7,7 @@ import torch
 from nemo.collections.asr.modules import ConformerEncoder
 from nemo.collections.speechlm2.modules.perception import AudioPerceptionModule, IdentityConnector
 from nemo.core import typecheck
+from omegaconf import DictConfig
 from torch import Tensor
 
 
@@ -16,6 +17,23 @@ class EncodedSpeech:
 
     features: Tensor
     lens: Tensor
+
+
+def build_perception(config: DictConfig) -> AudioPerceptionModule:
+    """NeMo's perception with random weights, made for a world in which ranks do not encode in step.
+
+    NeMo's encoders agree on the longest clip by an all-reduce over all processes in every forward pass; here data- and
+    pipeline-parallel ranks encode at different times, and it would wait for ever.
+
+    Raises:
+        ValueError: see ``check_perception``.
+    """
+    perception = AudioPerceptionModule(config)
+    check_perception(perception)
+    for module in perception.modules():
+        if hasattr(module, "sync_max_audio_length"):
+            module.sync_max_audio_length = False
+    return perception
 
 
 def check_perception(perception: AudioPerceptionModule) -> None:

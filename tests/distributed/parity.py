@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a policy does, measured under one layout: answers, log-probabilities, gradients, metrics, updated weights.
 
-A script, ``parity.py FOLDER LAYOUT...``: FOLDER holds the SALM checkpoints ``llama`` and ``qwen3``, and each process of
-each layout leaves there what it measured.
+A script for torchrun, ``torchrun --nproc_per_node=4 parity.py FOLDER LAYOUT...``: FOLDER holds the SALM checkpoints
+``llama`` and ``qwen3``, and each process of each layout leaves there what it measured. One launch measures all layouts,
+each in a world of its own size: importing NeMo costs more than everything they do.
 """
 
-import multiprocessing
-import multiprocessing.connection
-import os
-import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,7 +22,6 @@ from nemo_rba.conversion.hf import _global_name
 from nemo_rba.conversion.mapping import unshard
 from nemo_rba.distributed import parallel, pipeline
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
-from nemo_rba.modules import gpt
 from nemo_rba.types import SamplingParams
 
 LAYOUTS = {  # tensor, pipeline, sequence parallel; data parallelism is what is left of the world
@@ -129,42 +126,24 @@ def measure(folder: Path, layout: str, frozen: str) -> dict:
 CASES = {"llama": ("llama", "encoder"), "qwen3": ("qwen3", "encoder"), "speech_only": ("llama", "llm")}
 
 
-def run_rank(folder: Path, layout: str, rank: int, world_size: int, port: int) -> None:
-    """One process of a layout, as torchrun would start it."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "parity",
-    }  # fmt: skip
-    gpt.refuse_unproven = lambda *sizes: None  # proving them is what this is for
-    tp, pp, _ = LAYOUTS[layout]
-    parallel.initialize(tensor_parallel_size=tp, pipeline_parallel_size=pp, seed=0)
-    found = {case: measure(folder / family, layout, frozen) for case, (family, frozen) in CASES.items()}
-    torch.save(found, folder / f"{layout}.{rank}.pt")
-    dist.barrier()
-
-
-def run_layout(folder: Path, layout: str) -> None:
-    """All processes of a layout, forked: importing NeMo costs more than everything they do.
-
-    Raises:
-        RuntimeError: one of them failed; the others are stopped.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    size, fork = WORLD_SIZES[layout], multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run_rank, args=(folder, layout, rank, size, port)) for rank in range(size)]
-    for process in ranks:
-        process.start()
-    while any(process.is_alive() for process in ranks):
-        multiprocessing.connection.wait([process.sentinel for process in ranks if process.is_alive()])
-        if any(process.exitcode for process in ranks):
-            for process in ranks:
-                process.kill()
-            raise RuntimeError(f"{layout}: exit codes {[process.exitcode for process in ranks]}")
+def run_layout(folder: Path, layout: str, store: dist.Store, rank: int) -> None:
+    """Measure one layout on the first ranks of the world; the others go on to the next."""
+    size = WORLD_SIZES[layout]
+    if rank < size:
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore(layout, store), rank=rank, world_size=size, timeout=timedelta(minutes=5)
+        )
+        tp, pp, _ = LAYOUTS[layout]
+        parallel.initialize(tensor_parallel_size=tp, pipeline_parallel_size=pp, seed=0)
+        found = {case: measure(folder / family, layout, frozen) for case, (family, frozen) in CASES.items()}
+        torch.save(found, folder / f"{layout}.{rank}.pt")
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    launcher_store, launcher_rank, _ = next(dist.rendezvous("env://"))
     for name in sys.argv[2:]:
-        run_layout(Path(sys.argv[1]), name)
+        run_layout(Path(sys.argv[1]), name, launcher_store, launcher_rank)

@@ -3,7 +3,7 @@
 
 import pytest
 
-from nemo_rba.modules.gpt import check_layout, refuse_unproven
+from nemo_rba.modules.gpt import check_layout
 
 SIZES = {"num_attention_heads": 6, "num_query_groups": 2, "ffn_hidden_size": 96, "num_layers": 3}
 
@@ -25,10 +25,3 @@ def test_uneven_layouts_are_refused_with_the_numbers(tp, pp, sequence_parallel, 
             transformer=SIZES, vocab_size=64, tensor_parallel_size=tp, pipeline_parallel_size=pp,
             sequence_parallel=sequence_parallel,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize(("tp", "pp", "world"), [(2, 1, 2), (1, 2, 2), (1, 1, 2)])
-def test_unproven_layouts_are_refused(tp, pp, world):
-    refuse_unproven(1, 1, 1)
-    with pytest.raises(ValueError, match=f"tensor {tp} x pipeline {pp} on {world} processes is not yet shown"):
-        refuse_unproven(tp, pp, world)
