@@ -9,14 +9,15 @@ from nemo.core.config import hydra_runner
 from nemo.utils import logging
 from omegaconf import DictConfig
 
+from nemo_rba.distributed import parallel
 from nemo_rba.stages import Stages
 
 
 @hydra_runner(config_path="../conf", config_name="rba_tiny")
 def main(cfg: DictConfig) -> None:
-    recipe.preflight(cfg)
+    recipe.start(cfg)
     arms = recipe.arms(cfg)
-    stages = Stages(cfg.output)
+    stages = Stages(cfg.output, rank=parallel.rank())
     data = stages.run("synthesis", recipe.keys(cfg, recipe.SYNTHESIS), lambda folder: recipe.synthesize(cfg, folder))
     folders = {
         arm: stages.run(
@@ -24,6 +25,7 @@ def main(cfg: DictConfig) -> None:
             recipe.keys(arm_cfg, recipe.ALIGNMENT),
             lambda folder, arm=arm, arm_cfg=arm_cfg: recipe.align(arm_cfg, data, folder, arm),
             after=["synthesis"],
+            collective=True,
         )
         for arm, arm_cfg in arms.items()
     }
@@ -39,6 +41,7 @@ def main(cfg: DictConfig) -> None:
         recipe.keys(cfg, recipe.EVALUATION),
         evaluate_and_report,
         after=["synthesis", *(f"align_{arm}" for arm in arms)],
+        collective=True,
     )
     logging.info(f"model: {files[cfg.arm]}   report: {report / 'report.html'}")
 

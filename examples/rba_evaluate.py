@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 @hydra_runner(config_path="../conf", config_name="rba_evaluate")
 def main(cfg: DictConfig) -> None:
-    recipe.preflight(cfg)
+    recipe.start(cfg)
     aligned, manifest, folder = Path(cfg.aligned), Path(cfg.manifest), Path(cfg.output)
     predictions = recipe.evaluate(cfg, {manifest.stem: manifest}, {aligned.stem: aligned}, folder)
     recipe.report(cfg, predictions, [aligned.stem], folder, {"curves": None, "budget": {}})

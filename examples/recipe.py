@@ -9,6 +9,7 @@ report/      report.md, report.html, results.json
 
 import inspect
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,16 +20,19 @@ from hydra.utils import get_object, instantiate
 from lightning.pytorch import Trainer
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
+from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import Container, DictConfig, OmegaConf
 
 from nemo_rba.algorithms.alignment import RBAAlignment, check_choices
 from nemo_rba.algorithms.metrics_file import MetricsFile
 from nemo_rba.algorithms.policy import FrozenPolicy
 from nemo_rba.algorithms.speech_cache import SpeechCache
+from nemo_rba.algorithms.strategy import MegatronStrategy
 from nemo_rba.data.dataset import SpeechInstructionDataset
 from nemo_rba.data.loader import SpeechLoader
 from nemo_rba.distributed import parallel
-from nemo_rba.distributed.strategy import MegatronStrategy
+from nemo_rba.distributed.launch import launch
+from nemo_rba.distributed.once import once_per_model
 from nemo_rba.evaluation.plots import TrainingCurves, read_curve
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
@@ -75,16 +79,41 @@ def keys(cfg: DictConfig, names: tuple[str, ...]) -> dict:
     return {name: plain[name] for name in names}
 
 
+def start(cfg: DictConfig) -> None:
+    """Check the config, then make all processes that it asks for.
+
+    Raises:
+        SystemExit: something cannot work; nothing was started.
+    """
+    torch.set_num_threads(cfg.num_threads)
+    if is_global_rank_zero():  # the others wait for it in launch
+        preflight(cfg)
+    launch(devices=cfg.trainer.devices, num_nodes=cfg.trainer.num_nodes, seed=cfg.seed, **_groups(cfg))
+
+
+def layout(cfg: DictConfig) -> dict:
+    """How the weights are spread, as ``RBASpeechLM.restore_from`` wants it."""
+    keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel")
+    return {key: cfg.model[key] for key in keys}
+
+
+def _groups(cfg: DictConfig) -> dict:
+    return {
+        "tensor_parallel_size": cfg.model.tensor_model_parallel_size,
+        "pipeline_parallel_size": cfg.model.pipeline_model_parallel_size,
+    }
+
+
 def preflight(cfg: DictConfig) -> None:
     """Stop before any work when the config names something that is not there, or something that cannot work.
 
     Raises:
         SystemExit: everything that is wrong, and what to do about it.
     """
-    torch.set_num_threads(cfg.num_threads)
     wrong = missing(cfg) + unfit(cfg)
     if not wrong and "folder" in cfg.model:
-        wrong = _complaint(RBASpeechLM.check_salm, cfg.model.folder)
+        world_size = cfg.trainer.devices * cfg.trainer.num_nodes
+        wrong = _complaint(partial(RBASpeechLM.check_salm, cfg.model.folder, world_size=world_size, **layout(cfg)))
     for arm in arms(cfg).values() if not wrong and "baselines" in cfg else ():
         choices = [partial(instantiate, arm[key]) for key in ("rollouts", "advantage", "objective")]
         wrong += _complaint(lambda choices=choices: check_choices(*(make() for make in choices)))
@@ -106,12 +135,6 @@ def missing(cfg: DictConfig) -> list[str]:
         lines.append(
             f"trainer.devices = {cfg.trainer.devices}: this machine shows {torch.cuda.device_count()} GPUs. Run on a "
             "node that has them, in the NGC container of the Dockerfile, or choose --config-name=rba_tiny for a CPU"
-        )
-    processes = cfg.trainer.devices * cfg.trainer.num_nodes
-    if processes > 1:
-        lines.append(
-            f"trainer.devices x trainer.num_nodes = {processes}: this version runs one process; parallel layouts are "
-            "written but not yet proven equal to it. Set both to 1, and the model.*_parallel_size keys"
         )
     return lines
 
@@ -152,6 +175,8 @@ def synthesize(cfg: DictConfig, folder: Path) -> None:
 
 def loader_builder(cfg: DictConfig, manifest: Path, quarantine: Path, *, train: bool) -> Callable[..., SpeechLoader]:
     """``build(prompt=, sampling_rate=)`` of this rank's batches of a manifest."""
+    if parallel.model_parallel_rank() > 0:  # reads what the first rank of its model reads, and reports it
+        quarantine = Path(os.devnull)
 
     def build(*, prompt, sampling_rate: int) -> SpeechLoader:
         return SpeechLoader(
@@ -182,10 +207,10 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
         build_model=partial(instantiate, cfg.model),
         build_policy=instantiate(cfg.policy),
         source=instantiate(cfg.rollouts),
-        reward=instantiate(cfg.reward),
+        reward=once_per_model(partial(instantiate, cfg.reward)),
         advantage=instantiate(cfg.advantage),
         objective=objective,
-        teacher=instantiate(cfg.teacher) if judged else None,
+        teacher=once_per_model(partial(instantiate, cfg.teacher)) if judged else None,
         schedule=instantiate(cfg.schedule),
         build_loader=loader_builder(cfg, data / "train", folder / "quarantine.jsonl", train=True),
         build_validation_loader=loader_builder(cfg, data / "dev", folder / "quarantine.jsonl", train=False),
@@ -204,7 +229,7 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
     if trainer.global_step < cfg.trainer.max_steps:
         raise SystemExit(f"{arm}: stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; run again to go on")
     best = trainer.checkpoint_callback.best_model_path  # on the dev set, for every arm alike
-    module.load_state_dict(trainer.strategy.load_checkpoint(best)["state_dict"])
+    trainer.strategy.restore(module, best)
     logging.info(f"{arm}: keeping {Path(best).stem}")
     module.model.save_to(str(folder / f"{arm}.nemo"))
 
@@ -223,7 +248,7 @@ def tasks(cfg: DictConfig, manifests: dict[str, Path], folder: Path, model: RBAS
 
 def systems(cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]) -> list[Callable[[], System]]:
     """Everyone who is compared, built when needed: T, the cascade, S0, and every aligned model."""
-    evaluation, teacher = cfg.evaluation, instantiate(cfg.teacher)
+    evaluation, teacher = cfg.evaluation, once_per_model(partial(instantiate, cfg.teacher))
     params, heard = instantiate(evaluation.params), SpeechCache()
 
     def frozen(model: RBASpeechLM) -> FrozenPolicy:
@@ -241,7 +266,8 @@ def systems(cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]) -> list
         )
 
     def aligned(arm: str) -> System:
-        return PolicySystem(name=arm, policy=frozen(RBASpeechLM.restore_from(files[arm])), params=params)
+        model = RBASpeechLM.restore_from(files[arm], **layout(cfg))
+        return PolicySystem(name=arm, policy=frozen(model), params=params)
 
     return [
         lambda: TeacherSystem(name="teacher", teacher=teacher, params=params),
@@ -263,11 +289,13 @@ def evaluate(cfg: DictConfig, manifests: dict[str, Path], files: dict[str, Path]
     return predictions
 
 
-def report(cfg: DictConfig, predictions: list[Prediction], arms: list[str], folder: Path, trained: dict) -> dict:
+def report(cfg: DictConfig, predictions: list[Prediction], arms: list[str], folder: Path, trained: dict) -> None:
     """Stage e: tables, plots and a verdict. ``trained``: what to say of how the arms were made, see ``training``."""
+    if parallel.rank() > 0:
+        return
     labels = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade", "start": "Start (S0)"}
     labels |= {arm: LABELS.get(arm, arm) for arm in arms}
-    return write_report(
+    write_report(
         folder=folder,
         title=f"{cfg.name}: Reinforced Behavior Alignment",
         roles=Roles(

@@ -77,11 +77,11 @@ class Policy(Protocol):
     def parameters(self) -> Iterable[Tensor]:
         """What ``step`` changes."""
 
-    def state_dict(self) -> dict:
-        """State of the optimizer, without the weights."""
+    def sharded_state_dict(self, *, is_loading: bool) -> dict:
+        """Weights and optimizer state on this rank, each tensor with its place in the whole (megatron-core)."""
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Continue from ``state_dict()``."""
+    def load_sharded_state_dict(self, state_dict: dict) -> None:
+        """Continue from ``sharded_state_dict()``, filled from a checkpoint of any layout."""
 
 
 class RolloutSource(Protocol):

@@ -6,8 +6,11 @@
     <folder>/<name>.stale-<n>/    an older answer to another configuration, set aside and never deleted
 
 A stage whose ``done.json`` has the present fingerprint is skipped; one that was interrupted is called again on the same
-folder, to resume by its own means; one whose configuration or upstream changed starts in a fresh folder. Meant for one
-process at a time: in a job of many ranks, let the first rank enter a stage before the others do.
+folder, to resume by its own means; one whose configuration or upstream changed starts in a fresh folder.
+
+In a job of many ranks all of them run the same stages, on one file system. Rank 0 does the bookkeeping; the others read
+what it wrote, and join it in the work of a stage that is ``collective``. A rank that waits for one that died is the
+launcher's to stop (torchrun does; srun with --kill-on-bad-exit).
 """
 
 import hashlib
@@ -25,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 _ASKED = "stage.json"
 _DONE = "done.json"
+_POLL_SECONDS = 0.2  # how often a waiting rank looks
 _PROBE_BYTES = 1 << 20  # room that must be left on the disk before a stage is begun
 
 
@@ -35,9 +39,10 @@ class Stages:
         ValueError: the folder cannot be made or written to, or its disk is full.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        _require_writable(self.folder)
+    def __init__(self, folder: str | Path, rank: int = 0):
+        self.folder, self.rank = Path(folder), rank
+        if rank == 0:
+            _require_writable(self.folder)
 
     def run(
         self,
@@ -45,6 +50,7 @@ class Stages:
         config: Mapping[str, Any] | DictConfig,
         function: Callable[[Path], Any],
         after: Sequence[str] = (),
+        collective: bool = False,
     ) -> Path:
         """The folder of stage ``name``, made by ``function(folder)`` unless it is there already.
 
@@ -52,6 +58,7 @@ class Stages:
             config: everything the result depends on, resolved; equal up to order of keys means unchanged.
             function: fills the folder; called again on what an interrupted call left there.
             after: stages of the same ``Stages`` whose result this one reads; when they change, this one runs again.
+            collective: whether all ranks call ``function``; otherwise rank 0 does, and the others wait.
 
         Raises:
             ValueError: bad name, unresolved or unserializable config, upstream not finished, folder not writable.
@@ -63,6 +70,8 @@ class Stages:
         if self._is_done(folder, asked["fingerprint"]):
             logging.info(f"stage {name}: skipped, its configuration has not changed ({folder})")
             return folder
+        if self.rank > 0:
+            return self._follow(folder, asked["fingerprint"], function if collective else None)
         continued = self._prepare(folder, asked)
         logging.info(f"stage {name}: {'continued after an interruption' if continued else 'running'} ({folder})")
         begin = time.monotonic()
@@ -80,6 +89,16 @@ class Stages:
         logging.info(f"stage {name}: done in {seconds:.0f} s")
         return folder
 
+    def _follow(self, folder: Path, fingerprint: str, function: Callable[[Path], Any] | None) -> Path:
+        """What a rank above 0 does while rank 0 runs a stage."""
+        if function is not None:
+            while not _has_fingerprint(folder / _ASKED, fingerprint):
+                time.sleep(_POLL_SECONDS)
+            function(folder)
+        while not self._is_done(folder, fingerprint):
+            time.sleep(_POLL_SECONDS)
+        return folder
+
     def _asked(self, name: str, config: Mapping[str, Any] | DictConfig, after: Sequence[str]) -> dict[str, Any]:
         upstream = {}
         for other in after:
@@ -93,13 +112,12 @@ class Stages:
         return {"stage": name, "fingerprint": fingerprint, "after": upstream, "config": plain}
 
     def _is_done(self, folder: Path, fingerprint: str) -> bool:
-        done = folder / _DONE
-        return done.is_file() and _read_json(done)["fingerprint"] == fingerprint
+        return _has_fingerprint(folder / _DONE, fingerprint)
 
     def _prepare(self, folder: Path, asked: dict[str, Any]) -> bool:
         """Leave ``folder`` ready for work; True when it holds an interrupted run of the same configuration."""
         note = folder / _ASKED
-        if folder.exists() and not (note.is_file() and _read_json(note)["fingerprint"] == asked["fingerprint"]):
+        if folder.exists() and not _has_fingerprint(note, asked["fingerprint"]):
             aside = self._set_aside(folder)
             reason = "its configuration or an upstream stage changed" if (aside / _ASKED).is_file() else "it is unknown"
             logging.warning(f"stage {folder.name}: {reason}, the old folder is kept as {aside}")
@@ -147,6 +165,10 @@ def _require_writable(folder: Path) -> None:
     finally:
         if probe.parent.is_dir():
             probe.unlink(missing_ok=True)
+
+
+def _has_fingerprint(path: Path, fingerprint: str) -> bool:
+    return path.is_file() and _read_json(path)["fingerprint"] == fingerprint
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,12 +17,21 @@ FLOORS = {
     **dict.fromkeys(("types", "protocols", "functional", "manifest", "stages"), WORDS),
     **dict.fromkeys(("distributed", "conversion"), GROUND),
     **dict.fromkeys(("synthesis", "data", "rewards", "modules", "checkpoint"), ROOMS),
-    **dict.fromkeys(("algorithms", "evaluation", "models"), LOOPS),
+    **dict.fromkeys(("algorithms", "evaluation", "models", "plan"), LOOPS),
 }
 # Upstream package -> the parts of ours that may import it, as prefixes of "room/module".
 UPSTREAM = {
-    "megatron": ("distributed/", "modules/", "models/", "checkpoint/", "algorithms/policy"),
-    "nemo": ("data/", "modules/perception", "models/", "checkpoint/", "synthesis/tts", "synthesis/filters", "__init__"),
+    "megatron": ("distributed/", "modules/", "models/", "checkpoint/", "algorithms/policy", "plan/shapes"),
+    "nemo": (
+        "data/",
+        "modules/perception",
+        "models/",
+        "checkpoint/",
+        "synthesis/tts",
+        "synthesis/filters",
+        "plan/shapes",
+        "__init__",
+    ),
     "nemo.utils": ("algorithms/",),
     "transformers": ("synthesis/teacher", "rewards/", "conversion/"),
     "hydra": (),

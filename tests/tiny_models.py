@@ -47,6 +47,7 @@ WORDS = [
     "in",
     "french",
 ]
+VOCABULARY = 63  # odd, so that it must be filled up for tensor parallelism
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio|>"]
 PERCEPTION = {
     "output_dim": 64,
@@ -96,7 +97,7 @@ def make_llm_folder(folder: Path, family: str) -> Path:
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family, vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        family, vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=family == "llama",
         initializer_range=0.2, bos_token_id=None, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nemo_rba.algorithms.controllers import WarmupDecay
 from nemo_rba.algorithms.rollout import TeacherRollouts, collate, prompt_index
+from nemo_rba.distributed.parallel import data_parallel_mean, data_parallel_sum
 from nemo_rba.functional import group_is_constant
 from nemo_rba.protocols import AdvantageEstimator, LikelihoodTeacher, Metrics, Objective, Policy, RolloutSource
 from nemo_rba.rewards.mixture import RewardMixture
@@ -35,9 +36,8 @@ class RBAAlignment(LightningModule):
     """Aligns a SpeechLM with its teacher.
 
     Args:
-        build_model: gives the start model; called once, after the process groups exist, and once more when the
-            objective measures the distance to the start.
-        build_policy: ``build_policy(model=..., reference=...)``.
+        build_model: gives the start model; called once, after the process groups exist.
+        build_policy: ``build_policy(model=..., keep_start=...)``.
         source, reward, advantage, objective: see ``protocols``.
         teacher: judges tokens; None when the objective does not ask for it.
         schedule: learning rate of each optimiser step.
@@ -68,7 +68,7 @@ class RBAAlignment(LightningModule):
         self._policy: list[Policy] = []
         self._builders = (build_model, build_policy, build_loader, build_validation_loader)
         self.num_batches = 0
-        self._validation: list[tuple[Tensor, Tensor]] = []  # rewards of the student's and of the teacher's answers
+        self._validation: list[dict[str, Tensor]] = []  # each dev batch's rewards
         self.start_reward: float | None = None  # on the dev set, before the first step
 
     # ---- the method ------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class RBAAlignment(LightningModule):
         ):  # fmt: skip
             steps.append(self.policy.forward_backward(minibatch, self.objective) | take_step())
         self.num_batches += 1
-        return _mean(steps) | describe(rollouts, rewards, parts, index)
+        return _mean(steps) | data_parallel_mean(describe(rollouts, rewards, parts, index))
 
     # ---- Lightning -------------------------------------------------------------------------------------------------
 
@@ -102,8 +102,7 @@ class RBAAlignment(LightningModule):
         self.model = build_model()
         if self._teacher[0] is not None:
             check_same_vocabulary(self._teacher[0].vocabulary(), self.model.prompt.vocabulary())
-        reference = build_model() if self.objective.needs_reference else None
-        self._policy.append(build_policy(model=self.model, reference=reference))
+        self._policy.append(build_policy(model=self.model, keep_start=self.objective.needs_reference))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return PolicyOptimizer(self.policy, self.schedule)
@@ -129,22 +128,39 @@ class RBAAlignment(LightningModule):
         rollouts = self.policy.generate(batch, group_size=1, params=self.validation_params)
         rewards, parts = self.reward.score(rollouts)
         teacher_rewards, _ = self.reward.score(TeacherRollouts()(self.policy, batch, seed=0))
-        self._validation.append((rewards, teacher_rewards))
-        self.log_dict({f"val/{name}": values.mean() for name, values in parts.items()}, batch_size=len(batch))
+        scores = {"val/reward": rewards, "val/teacher": teacher_rewards}
+        self._validation.append(scores | {f"val/{name}": values for name, values in parts.items()})
 
     def on_validation_epoch_end(self) -> None:
-        student, teacher = (torch.cat(rewards).mean().item() for rewards in zip(*self._validation, strict=True))
-        self._validation.clear()
+        scores = self._dev_scores()
+        student, teacher = scores["val/reward"], scores["val/teacher"]
         if self.start_reward is None:
             self.start_reward = student
-        self.log("val/reward", student, prog_bar=True)
-        self.log("val/teacher", teacher)
+        for name, value in scores.items():
+            self.log(name, value, prog_bar=name == "val/reward")
         if teacher > self.start_reward:  # otherwise there is no gap to close
             gap_closed = (student - self.start_reward) / (teacher - self.start_reward)
             self.log("val/gap_closed", gap_closed, prog_bar=True)
 
+    def _dev_scores(self) -> Metrics:
+        """Mean over the dev set of every reward, over the items of all data-parallel ranks."""
+        names = ["val/reward", "val/teacher", *(f"val/{name}" for name in self.reward.names())]
+        sums = [sum(batch[name].double().sum() for batch in self._validation) for name in names]
+        count = sum(len(batch["val/reward"]) for batch in self._validation)
+        self._validation.clear()
+        *totals, count = data_parallel_sum(torch.tensor([*sums, count], dtype=torch.float64)).tolist()
+        return {name: total / count for name, total in zip(names, totals, strict=True)}
+
     def transfer_batch_to_device(self, batch: SpeechBatch, device, dataloader_idx: int) -> SpeechBatch:
         return batch  # the policy moves what it needs
+
+    def sharded_state_dict(self, *, is_loading: bool) -> dict:
+        """Weights and optimizer, for ``MegatronStrategy``."""
+        return self.policy.sharded_state_dict(is_loading=is_loading)
+
+    def load_sharded_state_dict(self, state_dict: dict) -> None:
+        """As ``sharded_state_dict``."""
+        self.policy.load_sharded_state_dict(state_dict)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["rba"] = {
@@ -172,12 +188,6 @@ class PolicyOptimizer(torch.optim.Optimizer):
             closure()
         self.metrics = self._policy.step(self._schedule.value)
         self._schedule.update(0.0)
-
-    def state_dict(self) -> dict:
-        return self._policy.state_dict()
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self._policy.load_state_dict(state_dict)
 
 
 def describe(rollouts: Sequence[Rollout], rewards: Tensor, parts: dict[str, Tensor], index: Tensor) -> Metrics:

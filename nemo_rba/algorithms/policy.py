@@ -2,14 +2,17 @@
 """The student under megatron: four methods that hide schedules, gradient buffers and the optimizer.
 
 What is frozen runs once: with a frozen encoder, a batch's speech features are computed at its first use and shared by
-generation, the start model and every update. Under pipeline parallelism every pass goes through megatron's schedule;
-logits, the objective and its metrics exist on the last stage and are handed to the others.
+generation, the start model and every update. The start model is no second model: the weights that training changes are
+kept as they were, and change places with today's for the passes that ask for it. Under pipeline parallelism every pass
+goes through megatron's schedule; logits, the objective and its metrics exist on the last stage and are handed to the
+others.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 from nemo_rba.algorithms.rollout import select, select_prompts
 from nemo_rba.algorithms.speech_cache import SpeechCache
+from nemo_rba.checkpoint.sharded import metadata, sharded_weights
 from nemo_rba.distributed import cpu, pipeline, vocab_parallel
 from nemo_rba.distributed.parallel import data_parallel_size, data_parallel_sum, device
 from nemo_rba.modules.perception import EncodedSpeech
@@ -39,13 +43,12 @@ class FrozenPolicy:
 
     def __init__(self, *, model: nn.Module, generation_batch_size: int, speech_cache: SpeechCache | None):
         self.model, self.generation_batch_size = model.requires_grad_(False), generation_batch_size
-        self._speech_cache = speech_cache
+        self._encode = model.encode if speech_cache is None else speech_cache.encoder_of(model)
 
     @torch.no_grad()
     def generate(self, batch: SpeechBatch, *, group_size: int, params: SamplingParams) -> list[Rollout]:
         """See ``protocols.Policy``."""
-        shared = self._speech_cache is not None and self.model.perception is not None
-        speech = self._speech_cache.encode(self.model, batch) if shared else self.model.encode(batch)
+        speech = self._encode(batch)
         return _generate(self.model, batch, speech, self.generation_batch_size, group_size, params)
 
 
@@ -54,35 +57,45 @@ class MegatronPolicy:
 
     Args:
         model: an RBASpeechLM.
-        reference: the start model, frozen, or None when no objective asks for it.
+        keep_start: whether an objective measures the distance to the start model.
         freeze: regular expressions of parameter names that are not trained.
         micro_batch_size: prompts, with all their answers, per forward pass.
         generation_batch_size: prompts generated at once.
-        weight_decay, betas, epsilon, max_grad_norm: of AdamW.
+        weight_decay, betas, epsilon, max_grad_norm: of AdamW; norms and biases do not decay.
+        recompute: whether updates keep only each layer's input, and compute the rest again for the gradient.
+        distributed_optimizer: whether data-parallel ranks share the optimizer's state (ZeRO-1, arXiv 1910.02054).
 
     Raises:
         ValueError: ``freeze`` matches nothing, or everything.
     """
 
     def __init__(
-        self, *, model: nn.Module, reference: nn.Module | None, freeze: Sequence[str], micro_batch_size: int,
+        self, *, model: nn.Module, keep_start: bool, freeze: Sequence[str], micro_batch_size: int,
         generation_batch_size: int, weight_decay: float, betas: Sequence[float], epsilon: float, max_grad_norm: float,
+        recompute: bool, distributed_optimizer: bool,
     ):  # fmt: skip
-        self.model, self.reference = model, reference
-        self.micro_batch_size, self.generation_batch_size = micro_batch_size, generation_batch_size
-        self.max_grad_norm = max_grad_norm
+        self.model, self.micro_batch_size, self.generation_batch_size = model, micro_batch_size, generation_batch_size
+        self.max_grad_norm, self.weight_decay = max_grad_norm, weight_decay
         trained = _freeze(model, freeze)
         self._encoder_frozen = not any(name.startswith("perception.encoder.") for name in trained)
         self._speech: tuple[SpeechBatch, EncodedSpeech] | None = None
+        self._start = [parameter.detach().clone() for parameter in self.parameters()] if keep_start else None
+        if recompute:
+            model.config.recompute_granularity, model.config.recompute_method = "full", "uniform"
+            model.config.recompute_num_layers = 1
         with cpu.redirect_cuda():
             self._ddp = DistributedDataParallel(
-                model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model
+                model.config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer
+                ),
+                model,
             )
             self.optimizer = get_megatron_optimizer(
                 OptimizerConfig(
                     optimizer="adam", lr=1.0, weight_decay=weight_decay, clip_grad=max_grad_norm,
                     adam_beta1=betas[0], adam_beta2=betas[1], adam_eps=epsilon, bf16=model.config.bf16,
-                    params_dtype=model.config.params_dtype,
+                    params_dtype=model.config.params_dtype, use_distributed_optimizer=distributed_optimizer,
                 ),
                 [self._ddp],
             )  # fmt: skip
@@ -98,11 +111,29 @@ class MegatronPolicy:
     @torch.no_grad()
     def logprobs(self, batch: RolloutBatch, *, reference: bool = False) -> Tensor:
         """See ``protocols.Policy``."""
-        if reference and self.reference is None:
-            raise ValueError("this policy has no start model; give it one, or an objective without a KL term")
-        outputs = self._schedule(self.reference if reference else self.model, batch, _judge, forward_only=True)
+        with self.at_start() if reference else nullcontext():
+            outputs = self._schedule(self.model, batch, _judge, forward_only=True)
         values = torch.cat(outputs) if pipeline.is_last_stage() else torch.empty(batch.response_ids.shape)
         return pipeline.from_last_stage(values.to(device(), torch.float32)).cpu()
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Scope in which the model is the start model; no weight is copied.
+
+        Raises:
+            ValueError: the policy was built without ``keep_start``.
+        """
+        if self._start is None:
+            raise ValueError("this policy has no start model; build it with keep_start=True")
+        self._swap_start()
+        try:
+            yield
+        finally:
+            self._swap_start()
+
+    def _swap_start(self) -> None:
+        for parameter, kept in zip(self.parameters(), self._start, strict=True):
+            parameter.data, kept.data = kept.data, parameter.data
 
     def forward_backward(self, batch: RolloutBatch, objective: Objective) -> Metrics:
         """See ``protocols.Policy``."""
@@ -126,6 +157,7 @@ class MegatronPolicy:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+            group["weight_decay"] = self.weight_decay * group["wd_mult"]  # 0 for norms and biases
         with cpu.redirect_cuda():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
@@ -143,14 +175,18 @@ class MegatronPolicy:
         """See ``protocols.Policy``."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def state_dict(self) -> dict:
-        """See ``protocols.Policy``."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict) -> None:
+    def sharded_state_dict(self, *, is_loading: bool) -> dict:
         """See ``protocols.Policy``."""
         with cpu.redirect_cuda():
-            self.optimizer.load_state_dict(state_dict)
+            weights = sharded_weights(self.model)
+            optimizer = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata())
+        return {"weights": weights, "optimizer": optimizer}
+
+    def load_sharded_state_dict(self, state_dict: dict) -> None:
+        """See ``protocols.Policy``."""
+        self.model.load_state_dict(state_dict["weights"], strict=False)  # extra states of modules without any
+        with cpu.redirect_cuda():
+            self.optimizer.load_state_dict(state_dict["optimizer"])
 
     def _zero_grad(self) -> None:
         self._ddp.zero_grad_buffer()

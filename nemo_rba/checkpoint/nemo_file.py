@@ -10,14 +10,18 @@ open: a tokenizer entry that is a path of this machine is read. Restore files fr
 
 import pickle
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 import yaml
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
+from nemo_rba.checkpoint.whole import load_state
 from nemo_rba.conversion.foreign import refuse_foreign_code
 
 ARTIFACT_PREFIX = "nemo:"
@@ -28,18 +32,24 @@ class SafeSaveRestoreConnector(SaveRestoreConnector):
 
     Weights are loaded with ``weights_only=True`` whatever the environment says; artifact paths must stay inside the
     archive; ``trust_remote_code`` and foreign classes are refused. ``optional_artifact_keys`` may be absent.
+    ``settings`` are keys of this process's model: its layout and type, which are not the file's to say.
     """
 
-    def __init__(self, *, target: str, artifact_keys: tuple[str, ...], optional_artifact_keys: tuple[str, ...] = ()):
+    def __init__(
+        self, *, target: str, artifact_keys: tuple[str, ...], optional_artifact_keys: tuple[str, ...],
+        settings: Mapping[str, Any],
+    ):  # fmt: skip
         super().__init__()
-        self._target = target
+        self._target, self._settings = target, dict(settings)
         self._artifact_keys = artifact_keys
         self._optional_artifact_keys = optional_artifact_keys
 
-    def load_config_and_state_dict(self, calling_cls, restore_path, *args, **kwargs):
-        self._check(Path(restore_path))
+    def load_config_and_state_dict(self, calling_cls, restore_path, override_config_path=None, *args, **kwargs):
+        config = self._check(Path(restore_path))
+        if override_config_path is None:
+            override_config_path = OmegaConf.create(config | self._settings)
         try:
-            return super().load_config_and_state_dict(calling_cls, restore_path, *args, **kwargs)
+            return super().load_config_and_state_dict(calling_cls, restore_path, override_config_path, *args, **kwargs)
         except _UnreadableWeights as error:
             raise ValueError(f"{restore_path}: {error}") from error
         finally:
@@ -47,12 +57,12 @@ class SafeSaveRestoreConnector(SaveRestoreConnector):
 
     def load_instance_with_state_dict(self, instance, state_dict, strict):
         try:
-            super().load_instance_with_state_dict(instance, state_dict, strict)
-        except RuntimeError as error:  # torch names every key
+            load_state(instance, state_dict)
+        except ValueError as error:
             raise ValueError(f"{self.model_weights_ckpt} does not fit {self.model_config_yaml}: {error}") from error
 
-    def _check(self, path: Path) -> None:
-        """Refuse a bad archive before NeMo unpacks it.
+    def _check(self, path: Path) -> dict:
+        """The config of an archive that may be unpacked.
 
         Raises:
             ValueError: what is wrong, with the file and the key.
@@ -73,6 +83,7 @@ class SafeSaveRestoreConnector(SaveRestoreConnector):
             value = OmegaConf.select(OmegaConf.create(config), key)
             if value is not None or key in self._artifact_keys:
                 _check_artifact(value, key, names, path)
+        return config
 
     def _read(self, path: Path) -> tuple[set[str], dict]:
         """Names of the files in the archive, and its config."""
@@ -93,9 +104,24 @@ class SafeSaveRestoreConnector(SaveRestoreConnector):
 
     def _load_state_dict_from_disk(self, model_weights, map_location="cpu"):
         try:
-            return torch.load(model_weights, map_location=map_location, weights_only=True)
+            return torch.load(model_weights, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
             raise _UnreadableWeights(f"{self.model_weights_ckpt} is no plain file of tensors: {error}") from error
+
+
+class WholeStateConnector(SaveRestoreConnector):
+    """Writes a ``.nemo`` whose weights were gathered before, and whose config has the ``settings`` of one process."""
+
+    def __init__(self, *, state: Mapping[str, Tensor], settings: Mapping[str, Any]):
+        super().__init__()
+        self._state, self._settings = dict(state), dict(settings)
+
+    def _update_subconfigs(self, model, path2yaml_file):
+        super()._update_subconfigs(model, path2yaml_file)
+        OmegaConf.save(OmegaConf.merge(OmegaConf.load(path2yaml_file), self._settings), path2yaml_file)
+
+    def _save_state_dict_to_disk(self, state_dict, filepath):
+        super()._save_state_dict_to_disk(self._state, filepath)
 
 
 class _UnreadableWeights(Exception):

@@ -115,7 +115,7 @@ def expected_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _global_name(gpt: nn.Module, name: str) -> tuple[str, int]:
+def global_name(gpt: nn.Module, name: str) -> tuple[str, int]:
     """Parameter name -> (name with {} for the layer, global layer number)."""
     if not name.startswith("decoder.layers."):
         return name, -1
@@ -132,7 +132,7 @@ def load_weights(gpt: nn.Module, read: Read, config: PretrainedConfig, *, tp_siz
     """
     table, heads = rules(config), head_layout(config)
     for name, parameter in gpt.named_parameters():
-        template, layer = _global_name(gpt, name)
+        template, layer = global_name(gpt, name)
         value = shard(table[template].to_megatron(read, layer, heads), parameter, tp_size, tp_rank)
         if value.shape != parameter.shape:
             raise ValueError(
@@ -148,14 +148,19 @@ def export_weights(gpt: nn.Module, config: PretrainedConfig, *, tp_group) -> Ite
     table, heads = rules(config), head_layout(config)
     size = dist.get_world_size(tp_group)
     for name, parameter in gpt.named_parameters():
-        template, layer = _global_name(gpt, name)
+        template, layer = global_name(gpt, name)
         if template == "output_layer.weight" and config.tie_word_embeddings:
             continue
         slices = [parameter.detach()]
         if size > 1 and parameter.tensor_model_parallel:
             slices = [torch.empty_like(parameter) for _ in range(size)]
             dist.all_gather(slices, parameter.detach().contiguous(), group=tp_group)
-        yield from table[template].to_hf(unshard(slices, parameter), layer, heads).items()
+        yield from table[template].to_hf(words_only(gpt, name, unshard(slices, parameter)), layer, heads).items()
+
+
+def words_only(gpt: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A whole tensor without the rows that only make the vocabulary divide by the number of ranks."""
+    return tensor[: gpt.num_words] if name in ("embedding.word_embeddings.weight", "output_layer.weight") else tensor
 
 
 def config_from_dict(values: dict) -> PretrainedConfig:

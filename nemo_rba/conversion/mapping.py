@@ -90,7 +90,13 @@ def shard(full: Tensor, parameter: Tensor, size: int, rank: int) -> Tensor:
     if size == 1 or not parameter.tensor_model_parallel:
         return full
     dim, stride = parameter.partition_dim, parameter.partition_stride
+    full = _filled_up(full, parameter.shape[dim] * size - full.shape[dim], size)
     return torch.cat([part.chunk(size, dim)[rank] for part in full.chunk(stride, dim)], dim)
+
+
+def _filled_up(full: Tensor, lacking: int, size: int) -> Tensor:
+    """Zeros behind a vocabulary that does not divide by the number of ranks; anything else is returned as it is."""
+    return torch.cat((full, full.new_zeros(lacking, *full.shape[1:]))) if 0 < lacking < size else full
 
 
 def unshard(slices: list[Tensor], parameter: Tensor) -> Tensor:

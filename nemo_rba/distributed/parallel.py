@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Process groups, ranks and seeds: the one place that asks who this process is."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -51,14 +53,34 @@ def _check_existing(tensor_parallel_size: int, pipeline_parallel_size: int) -> N
         )
 
 
+def rank() -> int:
+    """This process among all; 0 before ``initialize``."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def model_parallel_rank() -> int:
+    """This process among those that share one copy of the weights; 0 before ``initialize``."""
+    if not parallel_state.model_parallel_is_initialized():
+        return 0
+    return dist.get_rank(parallel_state.get_model_parallel_group())
+
+
 def model_parallel_size() -> int:
-    """Over how many processes one copy of the weights is spread."""
+    """Over how many processes one copy of the weights is spread; 1 before ``initialize``."""
+    if not parallel_state.model_parallel_is_initialized():
+        return 1
     return dist.get_world_size(parallel_state.get_model_parallel_group())
 
 
 def data_parallel_rank() -> int:
-    """Which share of the prompts is ours."""
-    return parallel_state.get_data_parallel_rank()
+    """Which share of the prompts is ours; 0 before ``initialize``."""
+    return parallel_state.get_data_parallel_rank() if parallel_state.model_parallel_is_initialized() else 0
 
 
 def data_parallel_size() -> int:
@@ -73,6 +95,21 @@ def data_parallel_sum(values: torch.Tensor) -> torch.Tensor:
     total = values.to(device(), copy=True)  # NCCL sums on the GPU only
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return total.to(values.device)
+
+
+def data_parallel_mean(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Mean of each metric over the data-parallel ranks, which all have the same names."""
+    total = data_parallel_sum(torch.tensor(list(metrics.values()), dtype=torch.float64)) / data_parallel_size()
+    return dict(zip(metrics, total.tolist(), strict=True))
+
+
+def data_parallel_lists(items: list) -> list[list]:
+    """Every data-parallel rank's list of plain objects, in the order of ranks."""
+    if data_parallel_size() == 1:
+        return [items]
+    lists: list = [None] * data_parallel_size()
+    dist.all_gather_object(lists, items, group=parallel_state.get_data_parallel_group())
+    return lists
 
 
 def device() -> torch.device:

@@ -85,13 +85,35 @@ def metrics_from_last_stage(metrics: dict[str, float]) -> dict[str, float]:
     return box[0]
 
 
-def union_over_stages(names: Sequence[str]) -> list[str]:
-    """Names of all stages, in their order, without repetition."""
+def gather_over_stages(names: Sequence[str]) -> list[list[str]]:
+    """Every stage's names, in the order of stages."""
     if num_stages() == 1:
-        return list(names)
+        return [list(names)]
     parts: list = [None] * num_stages()
     dist.all_gather_object(parts, list(names), group=parallel_state.get_pipeline_model_parallel_group())
-    return list(dict.fromkeys(name for part in parts for name in part))
+    return parts
+
+
+def union_over_stages(names: Sequence[str]) -> list[str]:
+    """Names of all stages, in their order, without repetition."""
+    return list(dict.fromkeys(name for part in gather_over_stages(names) for name in part))
+
+
+def to_first_stage(value: Tensor | None, stage: int) -> Tensor | None:
+    """A tensor of ``stage``, of a shape only known there, on the first stage; None elsewhere."""
+    group, here = parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_pipeline_model_parallel_rank()
+    if stage == 0 or here not in (0, stage):
+        return value if stage == here else None
+    first, owner = (dist.get_process_group_ranks(group)[i] for i in (0, stage))
+    if here == stage:
+        dist.send_object_list([tuple(value.shape), value.dtype], first, group=group, device=device())
+        dist.send(value.contiguous(), first, group=group)
+        return None
+    about: list = [None, None]
+    dist.recv_object_list(about, owner, group=group, device=device())
+    value = torch.empty(about[0], dtype=about[1], device=device())
+    dist.recv(value, owner, group=group)
+    return value
 
 
 def agree(values: Tensor) -> Tensor:

@@ -6,19 +6,23 @@ written batch by batch, so an interrupted run goes on where it stopped; a line c
 Scores in the file are for people: they are computed anew on every run, so a corrected verifier needs no new answers.
 
 The file knows a system by its name and decoding, not by its weights: give a new checkpoint a new name or output folder.
-With several ranks all call ``run``, all get the predictions, and rank 0 writes.
+With several ranks all call ``run`` and all get all predictions. Each data-parallel rank asks its share of the items and
+writes a file of its own (``<system>.rank-<r>.jsonl`` from the second on); all read all files, so a run may go on with
+another number of ranks.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from tqdm import tqdm
 
+from nemo_rba.distributed.parallel import barrier, data_parallel_lists, data_parallel_rank, model_parallel_rank, rank
 from nemo_rba.evaluation.tasks import ItemTask
 from nemo_rba.functional import pad_sequences, typed
 from nemo_rba.protocols import Policy, PromptEncoder, Teacher
@@ -136,23 +140,38 @@ def run(system: System, task: ItemTask, output: str | Path) -> list[Prediction]:
         ValueError: the file belongs to another system, task or decoding; an item has changed since; two items share
             an id; the system did not answer every prompt of a batch exactly once.
     """
-    path = Path(output) / _file_name(task.name, "task") / f"{_file_name(system.name, 'system')}.jsonl"
+    folder, name = Path(output) / _file_name(task.name, "task"), _file_name(system.name, "system")
     header = {"system": system.name, "task": task.name, "measure": task.measure, "decoding": dict(system.decoding)}
-    log = _PredictionLog(path, header)
-    answered = {prediction.id: prediction for prediction in log.read()}
+    share = data_parallel_rank()
+    log = _PredictionLog(folder / (f"{name}.jsonl" if share == 0 else f"{name}.rank-{share}.jsonl"), header)
+    others = [_PredictionLog(path, header) for path in sorted(folder.glob(f"{name}.rank-*.jsonl"))]
+    earlier = [_PredictionLog(folder / f"{name}.jsonl", header), *others]
+    answered = {prediction.id: prediction for file in earlier for prediction in file.read()}
+    barrier()  # all have read before one writes
+    mine = _answers(system, task, log, answered)
     predictions: dict[str, Prediction] = {}
-    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    for batch in tqdm(task.batches(), desc=f"{system.name} on {task.name}", unit="batch", disable=not writes):
+    for batch in zip_longest(*data_parallel_lists(mine)):  # ranks take turns in the task's order
+        for prediction in batch:
+            if prediction is not None and prediction.id in predictions:
+                raise ValueError(f"task {task.name!r} has two items with id {prediction.id!r}, expected unique ids")
+            if prediction is not None:
+                predictions[prediction.id] = prediction
+    return list(predictions.values())
+
+
+def _answers(system: System, task: ItemTask, log: "_PredictionLog", answered: dict[str, Prediction]) -> list:
+    """This rank's predictions, in its order; what is new is written as it comes."""
+    predictions = []
+    writes = model_parallel_rank() == 0
+    for batch in tqdm(task.batches(), desc=f"{system.name} on {task.name}", unit="batch", disable=rank() > 0):
         missing = [item for item in batch.instructions if item.id not in answered]
         fresh = {p.id: p for p in _predict(system, task, batch)} if missing else {}
         if writes and missing:
             log.append([fresh[item.id] for item in missing])
         for item in batch.instructions:
-            if item.id in predictions:
-                raise ValueError(f"task {task.name!r} has two items with id {item.id!r}, expected unique ids")
             kept = answered[item.id] if item.id in answered else fresh[item.id]
-            predictions[item.id] = _scored(kept, task, item, path)
-    return list(predictions.values())
+            predictions.append(_scored(kept, task, item, log.path))
+    return predictions
 
 
 class _PredictionLog:

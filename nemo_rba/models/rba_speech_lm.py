@@ -17,10 +17,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from nemo.core import ModelPT
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nemo_rba.checkpoint.nemo_file import SafeSaveRestoreConnector
+from nemo_rba.checkpoint.nemo_file import SafeSaveRestoreConnector, WholeStateConnector
+from nemo_rba.checkpoint.whole import gather_state
 from nemo_rba.conversion.families import gpt_arguments
 from nemo_rba.conversion.foreign import refuse_foreign_code
 from nemo_rba.conversion.hf import config_from_dict, export_weights, load_weights
@@ -28,13 +30,14 @@ from nemo_rba.conversion.salm import open_salm, write_salm
 from nemo_rba.data.prompt import SALMPrompt
 from nemo_rba.distributed import parallel, pipeline
 from nemo_rba.modules.generation import generate
-from nemo_rba.modules.gpt import answer_logits, build_gpt, embed, whole_sequences
+from nemo_rba.modules.gpt import answer_logits, build_gpt, check_layout, embed, whole_sequences
 from nemo_rba.modules.perception import EncodedSpeech, adapt, build_perception, encode
 from nemo_rba.modules.splice import splice, valid_positions
 from nemo_rba.types import Rollout, SamplingParams, SpeechBatch
 
 _TOKENIZER_FILES = {"model": "tokenizer.json", "config": "tokenizer_config.json", "template": "chat_template.jinja"}
 _OPTIONAL_FILES = ("template",)  # NeMo's prompt formats do not use it
+_ONE_PROCESS = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "sequence_parallel": False}
 _TARGET = "nemo_rba.models.rba_speech_lm.RBASpeechLM"
 
 
@@ -109,14 +112,24 @@ class RBASpeechLM(ModelPT):
         return model
 
     @classmethod
-    def check_salm(cls, folder: str | Path) -> None:
+    def check_salm(
+        cls, folder: str | Path, *, tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1,
+        sequence_parallel: bool = False, world_size: int = 1,
+    ) -> None:  # fmt: skip
         """Find all that ``from_salm`` would refuse, from names and shapes, without building the language model.
 
         Raises:
             ValueError: as ``from_salm``, also for the tokenizer, the prompt format and the audio tag.
         """
         salm = open_salm(folder)
-        gpt_arguments(salm.llm_config)
+        arguments = gpt_arguments(salm.llm_config)
+        check_layout(
+            transformer=arguments["transformer"],
+            tensor_parallel_size=tensor_model_parallel_size,
+            pipeline_parallel_size=pipeline_model_parallel_size,
+            sequence_parallel=sequence_parallel,
+            world_size=world_size,
+        )
         SALMPrompt.from_folder(
             folder=salm.folder,
             prompt_format=salm.config["prompt_format"],
@@ -149,11 +162,14 @@ class RBASpeechLM(ModelPT):
         )
 
     @classmethod
-    def restore_from(cls, restore_path, *args, save_restore_connector=None, **kwargs) -> "RBASpeechLM":
-        """Restore a ``.nemo``; nothing in the file is executed and nothing outside it is read.
+    def restore_from(
+        cls, restore_path, *args, tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1,
+        sequence_parallel: bool = False, save_restore_connector=None, **kwargs,
+    ) -> "RBASpeechLM":  # fmt: skip
+        """Restore a ``.nemo`` at any layout; nothing in the file is executed and nothing outside it is read.
 
         Raises:
-            ValueError: not a ``.nemo`` of this class, or one that asks for either.
+            ValueError: not a ``.nemo`` of this class, or one that asks for either; a layout does not divide.
         """
         if not Path(restore_path).is_file():
             raise ValueError(f"{restore_path} does not exist; expected a .nemo file of an RBASpeechLM")
@@ -161,22 +177,29 @@ class RBASpeechLM(ModelPT):
             target=_TARGET,
             artifact_keys=tuple(f"tokenizer.{key}" for key in _TOKENIZER_FILES if key not in _OPTIONAL_FILES),
             optional_artifact_keys=tuple(f"tokenizer.{key}" for key in _OPTIONAL_FILES),
+            settings={
+                "tensor_model_parallel_size": tensor_model_parallel_size,
+                "pipeline_model_parallel_size": pipeline_model_parallel_size,
+                "sequence_parallel": sequence_parallel,
+            },
         )
         return super().restore_from(str(restore_path), *args, save_restore_connector=connector, **kwargs)
 
-    def save_to(self, save_path: str) -> None:
-        """Write a ``.nemo``.
+    def save_to(self, save_path: str | Path) -> None:
+        """Write a ``.nemo``, whole and in one place, from any layout. Collective; rank 0 writes.
 
-        Raises:
-            ValueError: the weights are sharded; slices are not gathered yet.
+        Host memory: one copy of the weights on rank 0, one tensor at a time elsewhere.
         """
-        size = parallel.model_parallel_size()
-        if size > 1:
-            raise ValueError(
-                f"{save_path}: weights sharded over {size} processes cannot be saved as .nemo; expected "
-                "tensor_model_parallel_size 1 and pipeline_model_parallel_size 1"
-            )
-        super().save_to(save_path)
+        path, whole = Path(save_path), gather_state(self)
+        if parallel.rank() == 0:
+            draft = path.with_name(path.name + ".partial")
+            self._save_restore_connector = WholeStateConnector(state=whole, settings=_ONE_PROCESS)
+            try:
+                super().save_to(str(draft))
+            finally:
+                self._save_restore_connector = SaveRestoreConnector()
+            draft.replace(path)
+        parallel.barrier()
 
     def _load_prompt(self) -> SALMPrompt:
         """Tokenizer from its registered files, which only exist under these names while the model is being built."""

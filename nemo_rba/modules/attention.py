@@ -82,7 +82,7 @@ class PrefixPlan:
             _heads_first(x) for x in (self.rotary(query, positions), self.rotary(key, positions), value)
         )
         if self.cache is not None:
-            self.cache[layer] = (key, value)
+            self.cache[layer] = (key, value.contiguous())  # not a view of the fused projection
         return _prefix_attention(query, key, value, self.valid)
 
 
@@ -194,9 +194,11 @@ class DecodePlan:
         prompts, self.prompt = self.prompt[rows].unique(return_inverse=True)
         if len(prompts) < len(self.valid):
             self.valid = self.valid[prompts]
-            self.prefix = {layer: (k[prompts], v[prompts]) for layer, (k, v) in self.prefix.items()}
+            for layer, (key, value) in self.prefix.items():  # one layer after the other: the old one is freed first
+                self.prefix[layer] = (key[prompts], value[prompts])
         length = self.num_cached
-        self.own = {layer: (k[rows, :, :length], v[rows, :, :length]) for layer, (k, v) in self.own.items()}
+        for layer, (key, value) in self.own.items():
+            self.own[layer] = (key[rows, :, :length], value[rows, :, :length])
         first = torch.searchsorted(self.prompt, self.prompt)  # rows stay ordered by prompt
         self.slot = torch.arange(len(rows), device=rows.device) - first
         self._index()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from nemo_rba.distributed import cpu
 from nemo_rba.modules.attention import DecodePlan, GroupPlan, PlannedAttention, PrefixPlan, Rotary
+
+_IMPOSSIBLE = -1e30  # logit of what is no word: its probability is 0, and so is 0 times its log-probability
 
 
 def have_transformer_engine() -> bool:
@@ -46,8 +49,8 @@ def build_gpt(
     tp = parallel_state.get_tensor_model_parallel_world_size()
     pp = parallel_state.get_pipeline_model_parallel_world_size()
     check_layout(
-        transformer=transformer, vocab_size=vocab_size, tensor_parallel_size=tp, pipeline_parallel_size=pp,
-        sequence_parallel=sequence_parallel,
+        transformer=transformer, tensor_parallel_size=tp, pipeline_parallel_size=pp,
+        sequence_parallel=sequence_parallel, world_size=dist.get_world_size(),
     )  # fmt: skip
     config = TransformerConfig(
         **transformer,
@@ -74,7 +77,7 @@ def build_gpt(
         gpt = GPTModel(
             config,
             _spec(config),
-            vocab_size=vocab_size,
+            vocab_size=vocab_size + -vocab_size % tp,
             max_sequence_length=max_sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
@@ -86,6 +89,7 @@ def build_gpt(
             parallel_output=True,
             scatter_embedding_sequence_parallel=False,
         )
+    gpt.num_words = vocab_size  # the rest of the embedding only makes it divide by tp
     for parameter in gpt.parameters():  # conversion reads on every parameter whether it is sharded
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     if sequence_parallel and gpt.post_process:  # its input, a selection of positions, is whole
@@ -94,8 +98,8 @@ def build_gpt(
 
 
 def check_layout(
-    *, transformer: dict, vocab_size: int, tensor_parallel_size: int, pipeline_parallel_size: int,
-    sequence_parallel: bool,
+    *, transformer: dict, tensor_parallel_size: int, pipeline_parallel_size: int, sequence_parallel: bool,
+    world_size: int,
 ) -> None:  # fmt: skip
     """Refuse what cannot be cut evenly.
 
@@ -105,12 +109,15 @@ def check_layout(
     tp, pp = tensor_parallel_size, pipeline_parallel_size
     sizes = {name: transformer[name] for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
     wrong = [
-        f"{name} {size} does not divide by tensor_model_parallel_size {tp}"
-        for name, size in (sizes | {"vocab_size": vocab_size}).items()
-        if size % tp
+        f"{name} {size} does not divide by tensor_model_parallel_size {tp}" for name, size in sizes.items() if size % tp
     ]
     if transformer["num_layers"] % pp:
         wrong.append(f"num_layers {transformer['num_layers']} does not divide by pipeline_model_parallel_size {pp}")
+    if world_size % (tp * pp):
+        wrong.append(
+            f"{world_size} processes do not divide into groups of tensor_model_parallel_size {tp} x "
+            f"pipeline_model_parallel_size {pp}: change trainer.devices or trainer.num_nodes"
+        )
     if sequence_parallel and tp == 1:
         wrong.append("sequence_parallel needs tensor_model_parallel_size above 1, got 1")
     if wrong:
@@ -121,7 +128,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm where megatron builds norms; its own wrapper of it refuses sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **kwargs):
-        super().__init__(hidden_size, eps=eps)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over tensor-parallel ranks
 
 
@@ -174,6 +181,8 @@ def run(gpt: GPTModel, embeddings: Tensor | None, plan: PrefixPlan | GroupPlan |
     ``embeddings`` (s, b, H) is None beyond the first stage. Sequence-parallel ranks hand on (s / tp, b, H).
     """
     sequence_parallel = gpt.config.sequence_parallel
+    if gpt.pre_process and gpt.training and gpt.config.recompute_granularity and torch.is_grad_enabled():
+        embeddings = embeddings if embeddings.requires_grad else embeddings.requires_grad_()  # or nothing is recomputed
     if sequence_parallel and gpt.pre_process:
         embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
     hidden = gpt.decoder(hidden_states=embeddings, attention_mask=None, attention_bias=plan)
@@ -186,7 +195,13 @@ def logits(gpt: GPTModel, hidden: Tensor, *, gather: bool) -> Tensor:
     """Next-token logits of hidden (s, b, H): (s, b, V / tp), or (s, b, V) on every rank when ``gather``."""
     weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
     out, _ = gpt.output_layer(hidden, weight=weight)
-    return tensor_parallel.gather_from_tensor_model_parallel_region(out) if gather else out
+    if gather:
+        return tensor_parallel.gather_from_tensor_model_parallel_region(out)[..., : gpt.num_words]
+    first = parallel_state.get_tensor_model_parallel_rank() * out.shape[-1]
+    if first + out.shape[-1] <= gpt.num_words:
+        return out
+    no_word = torch.arange(first, first + out.shape[-1], device=out.device) >= gpt.num_words
+    return out.masked_fill(no_word, _IMPOSSIBLE)
 
 
 def answer_logits(

@@ -36,6 +36,10 @@ class RewardMixture:
     def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
         return self.score(rollouts)[0]
 
+    def names(self) -> list[str]:
+        """Names of the parts."""
+        return list(self.parts)
+
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, dict[str, Tensor]]:
         """Total (N,) and the unweighted parts {name: (N,)}, float32 on the CPU."""
         scores = {name: _checked(name, part(rollouts), rollouts) for name, part in self.parts.items()}

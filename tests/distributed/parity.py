@@ -16,9 +16,9 @@ from megatron.core import parallel_state
 from tiny_models import make_batch
 
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss
-from nemo_rba.algorithms.policy import FrozenPolicy, MegatronPolicy
+from nemo_rba.algorithms.policy import MegatronPolicy
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts, collate, select_prompts
-from nemo_rba.conversion.hf import _global_name
+from nemo_rba.conversion.hf import global_name, words_only
 from nemo_rba.conversion.mapping import unshard
 from nemo_rba.distributed import parallel, pipeline
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
@@ -38,22 +38,27 @@ CONTEXTS = ["", "transcribe", "in french please", "", "say"]
 RESPONSES = ["paris", "hello again", "a b c", "one two", "red"]
 GROUP_SIZE = 4
 LEARNING_RATE = 1e-2
+# case: family, what is frozen
+CASES = {"llama": ("llama", "encoder"), "qwen3": ("qwen3", "encoder"), "speech_only": ("llama", "llm")}
 FROZEN = {"encoder": ["^perception\\.(preprocessor|encoder)"], "llm": ["^llm\\."]}
 
 
-def make_policy(folder: Path, layout: str, frozen: str) -> MegatronPolicy:
-    tp, pp, sequence_parallel = LAYOUTS[layout]
-    model, start = (
-        RBASpeechLM.from_salm(
-            folder=folder, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-            sequence_parallel=sequence_parallel, params_dtype="float32", seed=0,
-        )
-        for _ in range(2)
+def shares_optimizer(layout: str, case: str) -> bool:
+    """Where the distributed optimizer runs; each rank then has the summed gradient of its own share only."""
+    return layout == "dp2" and case == "llama"
+
+
+def make_policy(folder: Path, layout: str, case: str) -> MegatronPolicy:
+    (tp, pp, sequence_parallel), (family, frozen) = LAYOUTS[layout], CASES[case]
+    model = RBASpeechLM.from_salm(
+        folder=folder / family, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+        sequence_parallel=sequence_parallel, params_dtype="float32", seed=0,
     )  # fmt: skip
     return MegatronPolicy(
-        model=model, reference=start, freeze=FROZEN[frozen], micro_batch_size=2, generation_batch_size=3,
+        model=model, keep_start=True, freeze=FROZEN[frozen], micro_batch_size=2, generation_batch_size=3,
         weight_decay=0.1, betas=(0.9, 0.98), max_grad_norm=1.0,
         epsilon=1e-3,  # AdamW's first step is the sign of the gradient; this makes it continuous in it
+        recompute=layout != "one" and case == "qwen3", distributed_optimizer=shares_optimizer(layout, case),
     )  # fmt: skip
 
 
@@ -69,9 +74,9 @@ def whole(model, tensor_of) -> dict[str, torch.Tensor]:
             slices = [torch.empty_like(value) for _ in range(tp)]
             dist.all_gather(slices, value, group=parallel_state.get_tensor_model_parallel_group())
         if name.startswith("llm."):
-            template, layer = _global_name(model.llm, name.removeprefix("llm."))
+            template, layer = global_name(model.llm, name.removeprefix("llm."))
             name = "llm." + template.format(layer)
-        found[name] = unshard(slices, parameter).clone()
+        found[name] = words_only(model.llm, name.removeprefix("llm."), unshard(slices, parameter)).clone()
     if pipeline.num_stages() > 1:
         stages = [None] * pipeline.num_stages()
         dist.all_gather_object(stages, found, group=parallel_state.get_pipeline_model_parallel_group())
@@ -99,9 +104,9 @@ def answers(rollouts) -> dict:
     }
 
 
-def measure(folder: Path, layout: str, frozen: str) -> dict:
+def measure(folder: Path, layout: str, case: str) -> dict:
     """A distillation step, greedy and seeded answers, then a policy-gradient step with a KL term."""
-    policy = make_policy(folder, layout, frozen)
+    policy = make_policy(folder, layout, case)
     rows = torch.arange(len(SECONDS))[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
     batch = select_prompts(make_batch(policy.model.prompt, SECONDS, CONTEXTS, RESPONSES), rows)
     taught = TeacherRollouts()(policy, batch, seed=0)
@@ -109,8 +114,8 @@ def measure(folder: Path, layout: str, frozen: str) -> dict:
     result["distillation"] = update(policy, batch, taught, torch.zeros(len(rows)), DistillationLoss())
     greedy = SamplingParams(max_new_tokens=10, temperature=0)
     result["greedy"] = answers(policy.generate(batch, group_size=1, params=greedy))
-    start = FrozenPolicy(model=policy.reference, generation_batch_size=8, speech_cache=None)
-    result["start"] = answers(start.generate(batch, group_size=1, params=greedy))
+    with policy.at_start():
+        result["start"] = answers(policy.generate(batch, group_size=1, params=greedy))
     source = PolicyRollouts(group_size=GROUP_SIZE, max_new_tokens=12, temperature=1.0, top_p=0.95)
     sampled = source(policy, batch, seed=1)
     result["sampled"] = answers(sampled)
@@ -123,9 +128,6 @@ def measure(folder: Path, layout: str, frozen: str) -> dict:
     return result
 
 
-CASES = {"llama": ("llama", "encoder"), "qwen3": ("qwen3", "encoder"), "speech_only": ("llama", "llm")}
-
-
 def run_layout(folder: Path, layout: str, store: dist.Store, rank: int) -> None:
     """Measure one layout on the first ranks of the world; the others go on to the next."""
     size = WORLD_SIZES[layout]
@@ -135,7 +137,7 @@ def run_layout(folder: Path, layout: str, store: dist.Store, rank: int) -> None:
         )
         tp, pp, _ = LAYOUTS[layout]
         parallel.initialize(tensor_parallel_size=tp, pipeline_parallel_size=pp, seed=0)
-        found = {case: measure(folder / family, layout, frozen) for case, (family, frozen) in CASES.items()}
+        found = {case: measure(folder, layout, case) for case in CASES}
         torch.save(found, folder / f"{layout}.{rank}.pt")
         dist.barrier()
         parallel_state.destroy_model_parallel()

@@ -9,6 +9,7 @@ them add up, in another order under every layout:
     2e-6   updated weights: AdamW divides the gradient by its own size, so its error does not grow with it
     5e-5   log-probabilities after an update, whose weights differ by the above
 
+The qwen3 case recomputes activations under every layout but the first; llama under dp2 has a distributed optimizer.
 Tokens are compared exactly: a seeded sample changes only where a uniform number falls within 1e-6 of a token's edge.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import CASES, GROUP_SIZE, LAYOUTS, SECONDS, WORLD_SIZES
+from parity import CASES, GROUP_SIZE, LAYOUTS, SECONDS, WORLD_SIZES, shares_optimizer
 
 SAME_WEIGHTS, AFTER_UPDATE, UPDATED_WEIGHTS = 1e-5, 5e-5, 2e-6
 PARALLEL = [layout for layout in LAYOUTS if layout != "one"]
@@ -87,6 +88,8 @@ def test_an_update_is_the_same_on_every_rank(one, measured, layout, case, step):
             torch.testing.assert_close(found[kind], expected, atol=tolerance, rtol=0)
         assert found["metrics"] == pytest.approx(want["metrics"], abs=SAME_WEIGHTS, rel=SAME_WEIGHTS)
         for kind, tolerance in (("gradients", SAME_WEIGHTS * size), ("weights", UPDATED_WEIGHTS)):
+            if kind == "gradients" and shares_optimizer(layout, case):
+                continue
             got = dict(found[kind])
             tied = got.pop("llm.output_layer.weight", None) if case != "qwen3" else None
             assert got.keys() == want[kind].keys()

@@ -13,14 +13,22 @@ from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts, collate
 from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.types import SamplingParams
 
-SETTINGS = dict(weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-8, max_grad_norm=1.0, generation_batch_size=8)
+SETTINGS = dict(
+    weight_decay=0.0,
+    betas=(0.9, 0.98),
+    epsilon=1e-8,
+    max_grad_norm=1.0,
+    generation_batch_size=8,
+    recompute=False,
+    distributed_optimizer=False,
+)
 FROZEN_ENCODER = ["^perception\\.(preprocessor|encoder)"]
 
 
-def make_policy(folder, micro_batch_size=8, freeze=FROZEN_ENCODER, reference=False):
+def make_policy(folder, micro_batch_size=8, freeze=FROZEN_ENCODER, keep_start=False):
     return MegatronPolicy(
         model=load_speech_lm(folder),
-        reference=load_speech_lm(folder) if reference else None,
+        keep_start=keep_start,
         freeze=freeze,
         micro_batch_size=micro_batch_size,
         **SETTINGS,
@@ -104,7 +112,7 @@ def test_generation_batch_size_changes_nothing(llama_salm, speech_batch):
 
 
 def test_teacher_forced_equals_sampled_and_reference_stays(llama_salm, speech_batch):
-    policy = make_policy(llama_salm[0], reference=True)
+    policy = make_policy(llama_salm[0], keep_start=True)
     objective = policy_gradient(kl=0.1)
     _, whole = rollout_batch(policy, speech_batch, objective)
     torch.testing.assert_close(policy.logprobs(whole), whole.old_logprobs, atol=1e-4, rtol=0)
@@ -196,3 +204,26 @@ def test_speech_cache_hears_what_the_encoder_hears(llama_salm, speech_batch):
         next(other.perception.encoder.parameters()).add_(0.1)
     answers(other, speech_batch, cache)
     assert len(calls) == 3, "other audio or another encoder is heard anew"
+
+
+def test_weight_decay_spares_norms_and_biases(llama_salm):
+    policy = MegatronPolicy(
+        model=load_speech_lm(llama_salm[0]), keep_start=False, freeze=FROZEN_ENCODER, micro_batch_size=8,
+        **SETTINGS | {"weight_decay": 0.1},
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    policy.step(1e-1)  # no gradient: what moves is decay
+    for name, parameter in policy.model.named_parameters():
+        shrink = 0.99 if parameter.dim() > 1 and parameter.requires_grad else 1.0
+        torch.testing.assert_close(parameter.detach(), shrink * before[name], msg=name)
+
+
+def test_what_is_frozen_has_no_gradient_and_no_optimizer_state(llama_salm, speech_batch):
+    policy = make_policy(llama_salm[0], freeze=["^llm\\.", "^perception\\.(preprocessor|encoder)"])
+    _, whole = rollout_batch(policy, speech_batch, policy_gradient())
+    policy.forward_backward(whole, policy_gradient())
+    policy.step(1e-3)
+    trained = {name for name, p in policy.model.named_parameters() if hasattr(p, "main_grad")}
+    assert trained == {"perception.proj.weight", "perception.proj.bias"}
+    states = policy.optimizer.state_dict()["state"].values()
+    assert sum(state["exp_avg"].numel() for state in states) == sum(p.numel() for p in policy.parameters())

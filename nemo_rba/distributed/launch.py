@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One program, many processes: started by torchrun, by SLURM, or by itself as Lightning does.
+
+A job makes its processes here, at its very beginning, and not in the middle of it at ``trainer.fit``: synthesis and
+evaluation run in them too.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from nemo_rba.distributed import cpu, parallel
+
+TIMEOUT = timedelta(hours=1)  # of one collective: ranks wait for the first one's teacher, and for slow disks
+
+
+def launch(*, devices: int, num_nodes: int, tensor_parallel_size: int, pipeline_parallel_size: int, seed: int) -> None:
+    """Make ``devices * num_nodes`` processes run this script, and their process groups. Idempotent.
+
+    Where nobody else has started them, this process starts the others of its node with its own command line.
+
+    Raises:
+        ValueError: the launcher's world is of another size, or does not divide by the model-parallel size.
+    """
+    cpu.install()
+    environment = _environment()
+    if not dist.is_initialized() and (devices * num_nodes > 1 or environment.creates_processes_externally):
+        _SubprocessScriptLauncher(environment, num_processes=devices, num_nodes=num_nodes).launch(lambda: None)
+        _connect(environment, devices, num_nodes)
+    parallel.initialize(
+        tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size, seed=seed
+    )
+
+
+def _environment() -> ClusterEnvironment:
+    for kind in (TorchElasticEnvironment, SLURMEnvironment):
+        if kind.detect():
+            return kind()
+    return LightningEnvironment()
+
+
+def _connect(environment: ClusterEnvironment, devices: int, num_nodes: int) -> None:
+    started = environment.world_size() if not isinstance(environment, LightningEnvironment) else devices * num_nodes
+    if started != devices * num_nodes:
+        raise ValueError(
+            f"{started} processes were started, but trainer.devices {devices} x trainer.num_nodes {num_nodes} = "
+            f"{devices * num_nodes}; change these keys, or torchrun's --nproc_per_node and --nnodes (srun's tasks)"
+        )
+    environment.set_world_size(started)
+    environment.set_global_rank(environment.node_rank() * devices + environment.local_rank())
+    rank_zero_only.rank = environment.global_rank()
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(environment.local_rank())
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", rank=environment.global_rank(), world_size=started,
+        timeout=TIMEOUT,
+    )  # fmt: skip
