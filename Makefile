@@ -3,14 +3,16 @@
 # make test     environment if need be, then lint and all tests
 # make lint     ruff only
 # make assets   build the tiny teacher and speech encoder of examples/tiny anew
-# make clean    remove what building and testing left; keeps .venv and runs/
+# make clean    remove what building and testing left; keeps .venv* and runs/
 #
-# Variables: PYTHON (which interpreter makes .venv), TORCH (what pip is asked for), CONSTRAINTS (pinned versions).
+# Variables: PYTHON (which interpreter makes .venv), TORCH (what pip is asked for), CONSTRAINTS (pinned versions),
+# NEMO (another version of NeMo, with constraints-$(NEMO).txt in .venv-$(NEMO): make test NEMO=2.7.3).
 
 PYTHON ?= python3
-VENV ?= .venv
+NEMO ?=
+VENV ?= .venv$(NEMO:%=-%)
 TORCH ?= torch==2.13.0
-CONSTRAINTS ?= constraints.txt
+CONSTRAINTS ?= constraints$(NEMO:%=-%).txt
 CONFIG ?= rba_tiny
 
 BIN := $(VENV)/bin
@@ -47,4 +49,4 @@ $(STAMP): setup.py $(CONSTRAINTS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

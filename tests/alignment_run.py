@@ -79,7 +79,7 @@ def build(
             pipeline_model_parallel_size=pipeline_parallel, sequence_parallel=False, params_dtype="float32", seed=0,
         ),
         build_policy=partial(
-            MegatronPolicy, freeze=["^perception\\.encoder"], micro_batch_size=2, generation_batch_size=8,
+            MegatronPolicy, lora=None, freeze=["^perception\\.encoder"], micro_batch_size=2, generation_batch_size=8,
             weight_decay=0.01, betas=(0.9, 0.98), epsilon=1e-8, max_grad_norm=1.0,
             recompute=False, distributed_optimizer=False,
         ),

@@ -47,7 +47,7 @@ WORDS = [
     "in",
     "french",
 ]
-VOCABULARY = 63  # odd, so that it must be filled up for tensor parallelism
+VOCABULARY = 65  # odd, so that it must be filled up for tensor parallelism
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio|>"]
 PERCEPTION = {
     "output_dim": 64,

@@ -11,7 +11,7 @@ others.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -30,6 +30,7 @@ from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.checkpoint.sharded import metadata, sharded_weights
 from nemo_rba.distributed import cpu, pipeline, vocab_parallel
 from nemo_rba.distributed.parallel import data_parallel_size, data_parallel_sum, device
+from nemo_rba.modules.lora import add_lora
 from nemo_rba.modules.perception import EncodedSpeech
 from nemo_rba.protocols import Metrics, Objective
 from nemo_rba.types import Rollout, RolloutBatch, SamplingParams, SpeechBatch
@@ -58,6 +59,7 @@ class MegatronPolicy:
     Args:
         model: an RBASpeechLM.
         keep_start: whether an objective measures the distance to the start model.
+        lora: arguments of ``modules.lora.add_lora``, or None; the factors are called ``...lora_a`` and ``...lora_b``.
         freeze: regular expressions of parameter names that are not trained.
         micro_batch_size: prompts, with all their answers, per forward pass.
         generation_batch_size: prompts generated at once.
@@ -70,12 +72,14 @@ class MegatronPolicy:
     """
 
     def __init__(
-        self, *, model: nn.Module, keep_start: bool, freeze: Sequence[str], micro_batch_size: int,
+        self, *, model: nn.Module, keep_start: bool, lora: Mapping | None, freeze: Sequence[str], micro_batch_size: int,
         generation_batch_size: int, weight_decay: float, betas: Sequence[float], epsilon: float, max_grad_norm: float,
         recompute: bool, distributed_optimizer: bool,
     ):  # fmt: skip
         self.model, self.micro_batch_size, self.generation_batch_size = model, micro_batch_size, generation_batch_size
         self.max_grad_norm, self.weight_decay = max_grad_norm, weight_decay
+        if lora is not None:
+            add_lora(model.llm, **lora)
         trained = _freeze(model, freeze)
         self._encoder_frozen = not any(name.startswith("perception.encoder.") for name in trained)
         self._speech: tuple[SpeechBatch, EncodedSpeech] | None = None

@@ -47,7 +47,7 @@ def save(folder: Path, *, sharded: dict, lightning: dict) -> None:
     """Write a checkpoint. Collective over all processes."""
     draft = folder.parent.with_name(_UNFINISHED) / folder.name
     if parallel.rank() == 0:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(draft.parent, ignore_errors=True)  # left by a crash
         draft.mkdir(parents=True)
     dist.barrier()
     written = {key: value for key, value in metadata().items() if key != "dp_cp_group"}

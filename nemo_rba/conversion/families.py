@@ -58,6 +58,30 @@ def _rope(config: PretrainedConfig) -> dict:
     return rope
 
 
+def old_rope_keys(config: PretrainedConfig) -> dict:
+    """The rotary settings under the names of transformers 4, which transformers 5 reads too.
+
+    Raises:
+        ValueError: settings by layer type, which transformers 4 has no common names for.
+    """
+    rope = _rope(config)
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"{config.model_type} with rope_parameters by layer type needs transformers 5 or newer")
+    keys = {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    return keys | {"rope_scaling": None if rope["rope_type"] == "default" else rope}
+
+
+def with_rope(config: PretrainedConfig) -> PretrainedConfig:
+    """``config``, with the rotary settings where this version of transformers reads them.
+
+    Transformers 4 leaves what 5 wrote, ``rope_parameters``, unread in the config, without a word. 5 reads both.
+    """
+    if hasattr(config, "rope_theta") and getattr(config, "rope_parameters", None):
+        for key, value in old_rope_keys(config).items():
+            setattr(config, key, value)
+    return config
+
+
 def head_layout(config: PretrainedConfig) -> HeadLayout:
     """Heads of a Hugging Face config."""
     head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from nemo_rba.conversion.families import FAMILIES, family_of, head_layout, rules
+from nemo_rba.conversion.families import FAMILIES, family_of, head_layout, rules, with_rope
 from nemo_rba.conversion.mapping import Read, shard, unshard
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -102,7 +102,7 @@ def load_hf_config(folder: str | Path) -> PretrainedConfig:
     name = read_json(Path(folder) / "config.json").get("model_type")
     if name not in FAMILIES:
         raise ValueError(f"{folder}: architecture {name!r} is not supported; expected one of {sorted(FAMILIES)}")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = with_rope(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     family_of(config)
     return config
 
@@ -164,6 +164,6 @@ def words_only(gpt: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def config_from_dict(values: dict) -> PretrainedConfig:
-    """The config object of a dictionary that ``config.to_diff_dict()`` gave."""
+    """The config object of a dictionary that ``config.to_diff_dict()`` gave, under any version of transformers."""
     values = dict(values)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    return with_rope(AutoConfig.for_model(values.pop("model_type"), **values))

@@ -3,12 +3,16 @@
 
 A SALM keeps its word embeddings outside the language model (``embed_tokens.weight``), the rest under ``llm.`` and the
 speech side under ``perception.``. NeMo itself loads such folders with ``strict=False``; here every missing or extra
-tensor is an error. The folder written is the one NeMo's ``SALM.save_pretrained`` writes, with tokenizer files and
+tensor is an error. LoRA adapters, which NeMo installs with peft, are merged into the weights as these are read. The
+folder written is the one NeMo's ``SALM.save_pretrained`` writes, with tokenizer files and
 ``llm_backbone/config.json`` beside it. Its ``pretrained_llm`` is the relative path ``llm_backbone``: NeMo's SALM finds
-it from anywhere, NeMo's vLLM plug-in when started inside the folder.
+it from anywhere, NeMo's vLLM plug-in and the SALM of NeMo 2.7.3 when started inside the folder. The last reads with
+transformers 4 and looks for the tokenizer in ``llm_backbone``: rotary names of both kinds and a second copy are there.
 """
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +24,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from nemo_rba.conversion import safetensors_file
+from nemo_rba.conversion.families import old_rope_keys
 from nemo_rba.conversion.foreign import refuse_foreign_code
 from nemo_rba.conversion.hf import SafetensorsFolder, expected_tensors, load_hf_config, read_json
 
@@ -35,7 +40,90 @@ _FIXED = {
     "model_type": "nemo_speechlm",
     "architectures": ["NeMoSpeechLMForConditionalGeneration"],
 }
+# Keys of peft's LoraConfig with which an adapter, once trained, is what it is in arXiv 2106.09685: two factors a weight
+_PLAIN_LORA = frozenset(
+    ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "target_modules", "exclude_modules",
+     "layers_to_transform", "layers_pattern", "fan_in_fan_out", "task_type", "inference_mode", "peft_type",
+     "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "megatron_core")
+)  # fmt: skip
+_LORA_DEFAULTS = {"bias": "none", "qalora_group_size": 16, "runtime_config": {"ephemeral_gpu_offload": False}}
+_PEFT, _FACTOR = "llm.base_model.model.", re.compile(r".+(\.lora_([AB])\.default)\.weight")
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+class MergedLoRA:
+    """The tensors of a SALM trained with peft's LoRA, with the names and values they have once it is merged.
+
+    It stands where a ``SafetensorsFolder`` stands: a weight is base + scale * B A, computed in float32 at every read.
+
+    Raises:
+        ValueError: an adapter that is more than two factors per weight, or factors that do not fit ``options``.
+    """
+
+    def __init__(self, stored: SafetensorsFolder, options: dict):
+        self._stored, self._where = stored, f"{stored.folder / 'config.json'}: lora"
+        rank = self._read_options(options)
+        self._base: dict[str, str] = {}  # name after merging -> stored name
+        self._factors: dict[str, dict[str, str]] = {}  # name after merging -> stored names of A and B
+        for name in sorted(stored.names()):
+            factor = _FACTOR.fullmatch(name)
+            merged = name.replace(_PEFT, "llm.", 1).replace(".base_layer.", ".")
+            if factor is None:
+                self._base[merged] = name
+            else:
+                self._factors.setdefault(merged.replace(factor[1], "", 1), {})[factor[2]] = name
+        self._check_tensors(rank)
+
+    def _read_options(self, options: dict) -> int:
+        if not isinstance(options, dict):
+            raise ValueError(f"{self._where} is {options!r}; expected the keys of peft's LoraConfig")
+        more = [f"{k}={v!r}" for k, v in options.items() if k not in _PLAIN_LORA and v and v != _LORA_DEFAULTS.get(k)]
+        if more:
+            raise ValueError(f"{self._where} has {', '.join(more)}; expected plain LoRA; merge these with peft")
+        rank, alpha = options.get("r", 8), options.get("lora_alpha", 8)  # peft's own defaults
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise ValueError(f"{self._where} has r={rank!r} and lora_alpha={alpha!r}; expected r above 0 and a number")
+        self._scale = alpha / (math.sqrt(rank) if options.get("use_rslora") else rank)
+        return rank
+
+    def _check_tensors(self, rank: int) -> None:
+        odd = [name for name in self._base.values() if "lora_" in name or "modules_to_save" in name]
+        taken = {*self._base.values(), *(name for factors in self._factors.values() for name in factors.values())}
+        odd += sorted(self._stored.names() - taken)  # they would merge to a name that another tensor has
+        if odd:
+            raise ValueError(f"{self.folder} has tensors of adapters that are not plain LoRA: {odd[:5]}")
+        if not self._factors:
+            raise ValueError(f"{self._where} is set, but no tensor is a LoRA factor; remove the key if it is merged")
+        for name, factors in self._factors.items():
+            if name not in self._base or len(factors) < 2:
+                raise ValueError(f"{self.folder}: {name} lacks base_layer, lora_A or lora_B; found {factors}")
+            found = [self._stored.shape(factors["A"]), self._stored.shape(factors["B"])]
+            num_out, num_in = self.shape(name)
+            if found != [(rank, num_in), (num_out, rank)]:
+                raise ValueError(
+                    f"{self.folder}: lora_A and lora_B of {name} have shapes {found}, expected "
+                    f"{[(rank, num_in), (num_out, rank)]} with lora.r = {rank}"
+                )
+
+    @property
+    def folder(self) -> Path:
+        """Where the tensors lie."""
+        return self._stored.folder
+
+    def names(self) -> set[str]:
+        """Names after merging."""
+        return set(self._base)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its file's header."""
+        return self._stored.shape(self._base.get(name, name))
+
+    def __call__(self, name: str) -> Tensor:
+        base = self._stored(self._base.get(name, name))
+        if name not in self._factors:
+            return base
+        a, b = (self._stored(self._factors[name][factor]).float() for factor in "AB")
+        return (base.float() + self._scale * (b @ a)).to(base.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +133,7 @@ class SALMFolder:
     folder: Path
     config: dict  # SALM's config.json
     llm_config: PretrainedConfig
-    weights: SafetensorsFolder
+    weights: SafetensorsFolder | MergedLoRA
 
     def read_llm(self, hf_name: str) -> Tensor:
         """A tensor of the language model by its Hugging Face name."""
@@ -85,8 +173,6 @@ def open_salm(folder: str | Path) -> SALMFolder:
     missing = [key for key in _NEEDED if not config.get(key)]
     if missing:
         raise ValueError(f"{folder / 'config.json'} lacks {missing}; is it a NeMo SALM checkpoint?")
-    if config.get("lora"):
-        raise ValueError(f"{folder} has LoRA adapters ({config['lora']}); merge them into the weights first")
     refuse_foreign_code(config["perception"], f"{folder / 'config.json'}: perception")
     absent = [name for name in _TOKENIZER_FILES if not (folder / name).is_file()]
     if absent:
@@ -98,7 +184,10 @@ def open_salm(folder: str | Path) -> SALMFolder:
             f"{folder / 'config.json'}: perception.output_dim is {width}, expected {llm_config.hidden_size}, "
             "the hidden_size of llm_backbone/config.json"
         )
-    opened = SALMFolder(folder, config, llm_config, SafetensorsFolder(folder))
+    weights = SafetensorsFolder(folder)
+    if config.get("lora"):
+        weights = MergedLoRA(weights, config["lora"])
+    opened = SALMFolder(folder, config, llm_config, weights)
     _check_llm(opened)
     return opened
 
@@ -176,9 +265,10 @@ def _write_small_files(
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted export
     (folder / "llm_backbone").mkdir(parents=True)
-    backbone = llm_config.to_diff_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    backbone = llm_config.to_diff_dict() | old_rope_keys(llm_config) | {"dtype": str(dtype).removeprefix("torch.")}
     backbone.pop("_name_or_path", None)
     for name, values in {"config.json": _FIXED | settings, "llm_backbone/config.json": backbone}.items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n")
     for name, content in tokenizer.items():
-        (folder / name).write_bytes(content)
+        for place in (folder, folder / "llm_backbone"):
+            (place / name).write_bytes(content)

@@ -116,13 +116,22 @@ def to_first_stage(value: Tensor | None, stage: int) -> Tensor | None:
     return value
 
 
-def agree(values: Tensor) -> Tensor:
-    """The values of one rank of the last stage, written into the tensor of every rank of the model-parallel group.
+class _Arrived:
+    """Nothing to wait for."""
 
-    Ranks that draw from the same numbers need not come to the same token: sums on a GPU are not bitwise repeatable.
+    def wait(self) -> None:
+        """Done already."""
+
+
+def agree(values: Tensor) -> dist.Work | _Arrived:
+    """The values of one rank of the last stage, on their way into the tensor of every rank of the model-parallel group.
+
+    They are there after ``wait()`` of what is returned. Ranks that draw from the same numbers need not come to the same
+    token: sums on a GPU are not bitwise repeatable.
     """
     group = parallel_state.get_model_parallel_group()
-    if dist.get_world_size(group) > 1:
-        ranks = dist.get_process_group_ranks(group)  # tensor-parallel rank fastest, then stage
-        dist.broadcast(values, ranks[-parallel_state.get_tensor_model_parallel_world_size()], group=group)
-    return values
+    if dist.get_world_size(group) == 1:
+        return _Arrived()
+    ranks = dist.get_process_group_ranks(group)  # tensor-parallel rank fastest, then stage
+    source = ranks[-parallel_state.get_tensor_model_parallel_world_size()]
+    return dist.broadcast(values, source, group=group, async_op=True)

@@ -31,6 +31,7 @@ from nemo_rba.data.prompt import SALMPrompt
 from nemo_rba.distributed import parallel, pipeline
 from nemo_rba.modules.generation import generate
 from nemo_rba.modules.gpt import answer_logits, build_gpt, check_layout, embed, whole_sequences
+from nemo_rba.modules.lora import merged
 from nemo_rba.modules.perception import EncodedSpeech, adapt, build_perception, encode
 from nemo_rba.modules.splice import splice, valid_positions
 from nemo_rba.types import Rollout, SamplingParams, SpeechBatch
@@ -141,6 +142,8 @@ class RBASpeechLM(ModelPT):
     def save_salm(self, folder: str | Path) -> None:
         """Write a NeMo SALM checkpoint folder, which NeMo and its vLLM plug-in read. Collective, from any layout.
 
+        LoRA is merged, here as in ``save_to``.
+
         Each pipeline stage writes its own tensors into one file, one by one: all nodes must see the folder.
 
         Raises:
@@ -148,18 +151,19 @@ class RBASpeechLM(ModelPT):
         """
         keys = ("perception", "prompt_format", "audio_locator_tag")
         rank = parallel_state.get_tensor_model_parallel_rank() + parallel_state.get_data_parallel_rank()
-        write_salm(
-            Path(folder),
-            settings={key: value for key, value in OmegaConf.to_container(self.cfg).items() if key in keys},
-            llm_config=self.llm_config,
-            dtype=getattr(torch, self.cfg.params_dtype),
-            tokenizer=self._tokenizer,
-            perception=None if self.perception is None else self.perception.state_dict(),
-            llm_tensors=export_weights(
-                self.llm, self.llm_config, tp_group=parallel_state.get_tensor_model_parallel_group()
-            ),
-            is_writer=rank == 0,
-        )
+        with merged(self.llm):
+            write_salm(
+                Path(folder),
+                settings={key: value for key, value in OmegaConf.to_container(self.cfg).items() if key in keys},
+                llm_config=self.llm_config,
+                dtype=getattr(torch, self.cfg.params_dtype),
+                tokenizer=self._tokenizer,
+                perception=None if self.perception is None else self.perception.state_dict(),
+                llm_tensors=export_weights(
+                    self.llm, self.llm_config, tp_group=parallel_state.get_tensor_model_parallel_group()
+                ),
+                is_writer=rank == 0,
+            )
 
     @classmethod
     def restore_from(
@@ -190,7 +194,9 @@ class RBASpeechLM(ModelPT):
 
         Host memory: one copy of the weights on rank 0, one tensor at a time elsewhere.
         """
-        path, whole = Path(save_path), gather_state(self)
+        path = Path(save_path)
+        with merged(self.llm):
+            whole = gather_state(self)
         if parallel.rank() == 0:
             draft = path.with_name(path.name + ".partial")
             self._save_restore_connector = WholeStateConnector(state=whole, settings=_ONE_PROCESS)

@@ -3,7 +3,8 @@
 
 Randomness belongs to the prompt, not to the batch: an answer's uniforms come from (seed, instruction id) alone, so the
 same answers come out of any batch size, order, padding or data-parallel layout. Finished answers leave the batch.
-One rank of the last pipeline stage draws the tokens; all others get them from it.
+One rank of the last pipeline stage draws the tokens; all others get them from it. A pipeline of n stages works on n
+groups of prompts at a time: while one waits for its tokens, the others are on their way.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_rba.distributed import pipeline
-from nemo_rba.modules.attention import DecodePlan, PrefixPlan
+from nemo_rba.modules.attention import DecodePlan, PrefixPlan, Rotary
 from nemo_rba.modules.gpt import embed, logits, rotary_table, run
 from nemo_rba.types import SamplingParams
 
@@ -66,69 +67,107 @@ def generate(
     random numbers; tokens of ``banned_ids`` are never chosen (kept log-probabilities are still those of the whole
     distribution).
     """
-    num_prompts, prefix = valid.shape
-    device, limit = valid.device, params.max_new_tokens
-    rotary = rotary_table(gpt, prefix + limit)
-    prefill = PrefixPlan(rotary, valid, cache={})
-    scores = _next_token_scores(gpt, prompts, prefill, (prefix, num_prompts), banned_ids)
-    noise = uniforms(ids, group_size, params).flatten(0, 1).to(device)  # (N, limit)
-    num_rows = num_prompts * group_size
-    rows = torch.arange(num_rows, device=device)  # the answers still in the batch
-    plan = DecodePlan(rotary, valid, prefill.cache, prompt=rows // group_size, slot=rows % group_size)
-    tokens = torch.full((num_rows, limit), end_id, device=device)
-    logprobs = torch.zeros(num_rows, limit, device=device)
-    lengths = torch.full((num_rows,), limit, device=device)
-    ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    scores = None if scores is None else scores.repeat_interleave(group_size, 0)
-    for step in range(limit):
-        token, chosen = _draw(scores, noise[rows, step], params)
-        alive = ~ended[rows]
-        living = rows[alive]
-        tokens[living, step] = token[alive]
-        logprobs[living, step] = chosen[alive]
-        done = living[token[alive] == end_id]
-        ended[done], lengths[done] = True, step + 1
+    noise = uniforms(ids, group_size, params).to(valid.device)  # (B, G, limit)
+    rotary = rotary_table(gpt, valid.shape[1] + params.max_new_tokens)
+    groups = [
+        _Answers(gpt, rotary, valid[part], noise[part], end_id=end_id, banned_ids=banned_ids, params=params)
+        for part in torch.arange(len(valid), device=valid.device).tensor_split(pipeline.num_stages())
+        if len(part)
+    ]
+    begun = 0
+    for group in groups:
+        group.prefill(None if prompts is None else prompts[:, begun : begun + group.num_prompts])
+        begun += group.num_prompts
+    going = groups
+    while going:
+        going = [group for group in going if group.take_tokens() and group.decode()]
+    done = [group.finished() for group in groups]
+    return Generated(*([item for part in parts for item in part] for parts in zip(*done, strict=True)))
+
+
+class _Answers:
+    """The answers to some of the prompts, on their way through the stages: prefill, then take and decode in turns."""
+
+    def __init__(
+        self, gpt: GPTModel, rotary: Rotary, valid: Tensor, noise: Tensor, *, end_id: int, banned_ids: Tensor,
+        params: SamplingParams,
+    ):  # fmt: skip
+        self.num_prompts, self.group_size, self.limit = noise.shape
+        self._gpt, self._rotary, self._valid, self._noise = gpt, rotary, valid, noise.flatten(0, 1)
+        self._end_id, self._banned_ids, self._params = end_id, banned_ids, params
+        device, num_rows = valid.device, len(self._noise)
+        self._rows = torch.arange(num_rows, device=device)  # the answers still in the batch
+        self._tokens = torch.full((num_rows, self.limit), end_id, device=device)
+        self._logprobs = torch.zeros(num_rows, self.limit, device=device)
+        self._lengths = torch.full((num_rows,), self.limit, device=device)
+        self._ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._step = 0
+
+    def prefill(self, prompts: Tensor | None) -> None:
+        """The prompts (P, b, H) through this stage, once for all their answers."""
+        prefix, rows = PrefixPlan(self._rotary, self._valid, cache={}), self._rows
+        scores = self._forward(prompts, prefix, (self._valid.shape[1], self.num_prompts))
+        self._plan = DecodePlan(
+            self._rotary, self._valid, prefix.cache, prompt=rows // self.group_size, slot=rows % self.group_size
+        )
+        self._draw(None if scores is None else scores.repeat_interleave(self.group_size, 0))
+
+    def take_tokens(self) -> bool:
+        """Wait for the tokens drawn last and keep them; whether an answer goes on."""
+        self._arriving.wait()
+        token, chosen = self._drawn[0].long(), self._drawn[1].float()
+        alive = ~self._ended[self._rows]
+        living = self._rows[alive]
+        self._tokens[living, self._step] = token[alive]
+        self._logprobs[living, self._step] = chosen[alive]
+        done = living[token[alive] == self._end_id]
+        self._step += 1
+        self._ended[done], self._lengths[done] = True, self._step
         num_living = len(living) - len(done)
-        if num_living == 0 or step == limit - 1:
-            break
-        if num_living < _COMPACT_BELOW * len(rows):
-            kept = (~ended[rows]).nonzero()[:, 0]
-            rows, token = rows[kept], token[kept]
-            plan.keep(kept)
-        words = embed(gpt, token[:, None]) if gpt.pre_process else None
-        scores = _next_token_scores(gpt, words, plan, (1, len(rows)), banned_ids)
-        plan.num_cached += 1
-    sizes = lengths.tolist()
-    return Generated(
-        token_ids=[row[:n].cpu() for row, n in zip(tokens, sizes, strict=True)],
-        logprobs=[row[:n].cpu() for row, n in zip(logprobs, sizes, strict=True)],
-        truncated=(~ended).tolist(),
-    )
+        if num_living < _COMPACT_BELOW * len(self._rows):
+            kept = (~self._ended[self._rows]).nonzero()[:, 0]
+            self._rows, token = self._rows[kept], token[kept]
+            if num_living:
+                self._plan.keep(kept)
+        self._last = token
+        return num_living > 0 and self._step < self.limit
 
+    def decode(self) -> bool:
+        """The last tokens through this stage; always True."""
+        words = embed(self._gpt, self._last[:, None]) if self._gpt.pre_process else None
+        scores = self._forward(words, self._plan, (1, len(self._rows)))
+        self._plan.num_cached += 1
+        self._draw(scores)
+        return True
 
-def _next_token_scores(
-    gpt: GPTModel, embeddings: Tensor | None, plan: PrefixPlan | DecodePlan, shape: tuple[int, int], banned_ids: Tensor
-) -> Tensor | None:
-    """Through all stages: log-probabilities (n, V) after the last of ``shape`` (s, n) positions, -inf at banned tokens.
+    def finished(self) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+        """Fields of ``Generated``."""
+        sizes = self._lengths.tolist()
+        tokens = [row[:n].cpu() for row, n in zip(self._tokens, sizes, strict=True)]
+        logprobs = [row[:n].cpu() for row, n in zip(self._logprobs, sizes, strict=True)]
+        return tokens, logprobs, (~self._ended).tolist()
 
-    None before the last stage.
-    """
-    if not gpt.pre_process:
-        gpt.set_input_tensor(pipeline.receive((*shape, gpt.config.hidden_size), gpt.config.pipeline_dtype))
-    hidden = run(gpt, embeddings, plan)
-    if not gpt.post_process:
-        pipeline.send(hidden)
-        return None
-    scores = logits(gpt, hidden[-1:], gather=True)[0].float().log_softmax(-1)
-    scores[:, banned_ids] = -torch.inf
-    return scores
+    def _forward(self, embeddings: Tensor | None, plan: PrefixPlan | DecodePlan, shape: tuple[int, int]):
+        """Log-probabilities (n, V) after the last of ``shape`` (s, n) positions, -inf at banned tokens.
 
+        None before the last stage.
+        """
+        gpt = self._gpt
+        if not gpt.pre_process:
+            gpt.set_input_tensor(pipeline.receive((*shape, gpt.config.hidden_size), gpt.config.pipeline_dtype))
+        hidden = run(gpt, embeddings, plan)
+        if not gpt.post_process:
+            pipeline.send(hidden)
+            return None
+        scores = logits(gpt, hidden[-1:], gather=True)[0].float().log_softmax(-1)
+        scores[:, self._banned_ids] = -torch.inf
+        return scores
 
-def _draw(scores: Tensor | None, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-probability, the same on every rank: (n,), (n,)."""
-    drawn = uniform.new_zeros(2, len(uniform))  # float64 holds token ids exactly
-    if scores is not None:
-        drawn[0] = choose(scores, uniform, params)
-        drawn[1] = scores.gather(1, drawn[:1].long().T)[:, 0]
-    pipeline.agree(drawn)
-    return drawn[0].long(), drawn[1].float()
+    def _draw(self, scores: Tensor | None) -> None:
+        """Set out one token per row and its log-probability, the same for every rank, to arrive here."""
+        uniform = self._noise[self._rows, self._step]
+        self._drawn = uniform.new_zeros(2, len(uniform))  # float64 holds token ids exactly
+        if scores is not None:
+            self._drawn[0] = choose(scores, uniform, self._params)
+            self._drawn[1] = scores.gather(1, self._drawn[:1].long().T)[:, 0]
+        self._arriving = pipeline.agree(self._drawn)

@@ -371,10 +371,13 @@ def _check_folder(path: Path) -> None:
 
 
 def _load_model(path: str, dtype: torch.dtype):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from nemo_rba.conversion.families import with_rope
+
+    config = with_rope(AutoConfig.from_pretrained(path, local_files_only=True))
     model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, output_loading_info=True
+        path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
     )
     missing = sorted(info["missing_keys"])
     if missing:

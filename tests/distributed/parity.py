@@ -55,7 +55,7 @@ def make_policy(folder: Path, layout: str, case: str) -> MegatronPolicy:
         sequence_parallel=sequence_parallel, params_dtype="float32", seed=0,
     )  # fmt: skip
     return MegatronPolicy(
-        model=model, keep_start=True, freeze=FROZEN[frozen], micro_batch_size=2, generation_batch_size=3,
+        model=model, keep_start=True, lora=None, freeze=FROZEN[frozen], micro_batch_size=2, generation_batch_size=3,
         weight_decay=0.1, betas=(0.9, 0.98), max_grad_norm=1.0,
         epsilon=1e-3,  # AdamW's first step is the sign of the gradient; this makes it continuous in it
         recompute=layout != "one" and case == "qwen3", distributed_optimizer=shares_optimizer(layout, case),

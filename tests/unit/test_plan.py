@@ -105,8 +105,9 @@ def updated(request, llama_salm, qwen3_salm):
     """(family, model, policy, bytes saved for backward) after one real update."""
     model = load_speech_lm({"llama": llama_salm, "qwen3": qwen3_salm}[request.param][0])
     policy = MegatronPolicy(
-        model=model, keep_start=True, freeze=FREEZE, micro_batch_size=B, generation_batch_size=B, weight_decay=0.0,
-        betas=(0.9, 0.98), epsilon=1e-8, max_grad_norm=1.0, recompute=False, distributed_optimizer=False,
+        model=model, keep_start=True, lora=None, freeze=FREEZE, micro_batch_size=B, generation_batch_size=B,
+        weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-8, max_grad_norm=1.0, recompute=False,
+        distributed_optimizer=False,
     )  # fmt: skip
     weights, saved, alive = storages([*model.parameters(), *policy._start]), {}, []
 

@@ -11,6 +11,7 @@ from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss
 from nemo_rba.algorithms.policy import FrozenPolicy, MegatronPolicy
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts, collate, prompt_index
 from nemo_rba.algorithms.speech_cache import SpeechCache
+from nemo_rba.models.rba_speech_lm import RBASpeechLM
 from nemo_rba.types import SamplingParams
 
 SETTINGS = dict(
@@ -29,6 +30,7 @@ def make_policy(folder, micro_batch_size=8, freeze=FROZEN_ENCODER, keep_start=Fa
     return MegatronPolicy(
         model=load_speech_lm(folder),
         keep_start=keep_start,
+        lora=None,
         freeze=freeze,
         micro_batch_size=micro_batch_size,
         **SETTINGS,
@@ -208,7 +210,7 @@ def test_speech_cache_hears_what_the_encoder_hears(llama_salm, speech_batch):
 
 def test_weight_decay_spares_norms_and_biases(llama_salm):
     policy = MegatronPolicy(
-        model=load_speech_lm(llama_salm[0]), keep_start=False, freeze=FROZEN_ENCODER, micro_batch_size=8,
+        model=load_speech_lm(llama_salm[0]), keep_start=False, lora=None, freeze=FROZEN_ENCODER, micro_batch_size=8,
         **SETTINGS | {"weight_decay": 0.1},
     )  # fmt: skip
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
@@ -227,3 +229,30 @@ def test_what_is_frozen_has_no_gradient_and_no_optimizer_state(llama_salm, speec
     assert trained == {"perception.proj.weight", "perception.proj.bias"}
     states = policy.optimizer.state_dict()["state"].values()
     assert sum(state["exp_avg"].numel() for state in states) == sum(p.numel() for p in policy.parameters())
+
+
+def test_lora_learns_and_is_merged_into_what_is_saved(llama_salm, speech_batch, tmp_path):
+    lora = {"rank": 4, "alpha": 8, "target_modules": ["linear_qkv", "linear_fc1", "linear_fc2"], "seed": 0}
+    policy = MegatronPolicy(
+        model=load_speech_lm(llama_salm[0]), keep_start=True, lora=lora, freeze=["^(?!.*\\.lora_[ab]$)"],
+        micro_batch_size=8, **SETTINGS,
+    )  # fmt: skip
+    params = SamplingParams(max_new_tokens=10, temperature=0)
+    words = [[r.response for r in policy.generate(speech_batch, group_size=1, params=params)]]
+    _, whole = rollout_batch(policy, speech_batch, policy_gradient())
+    start = policy.logprobs(whole)
+    for _ in range(4):
+        policy.forward_backward(whole, policy_gradient())
+        policy.step(3e-2)
+    torch.testing.assert_close(policy.logprobs(whole, reference=True), start, atol=1e-5, rtol=0)
+    answers = policy.generate(speech_batch, group_size=1, params=params)
+    words.append([r.response for r in answers])
+    assert words[0] != words[1]
+    policy.model.save_to(tmp_path / "merged.nemo")
+    restored = RBASpeechLM.restore_from(tmp_path / "merged.nemo")
+    assert not any("lora" in name for name in restored.state_dict())
+    again = FrozenPolicy(model=restored, generation_batch_size=8, speech_cache=None)
+    found = again.generate(speech_batch, group_size=1, params=params)
+    for one, other in zip(answers, found, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=0)

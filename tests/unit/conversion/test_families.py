@@ -8,10 +8,11 @@ import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from tiny_models import randomize
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from nemo_rba.conversion.families import gpt_arguments
-from nemo_rba.conversion.hf import SafetensorsFolder, export_weights, load_hf_config, load_weights
+from nemo_rba.conversion.families import gpt_arguments, old_rope_keys
+from nemo_rba.conversion.hf import SafetensorsFolder, config_from_dict, export_weights, load_hf_config, load_weights
 from nemo_rba.distributed import parallel
 from nemo_rba.modules.attention import PrefixPlan
 from nemo_rba.modules.gpt import build_gpt, embed, logits, rotary_table, run
@@ -32,13 +33,12 @@ CASES = [
 def make_folder(folder, family, options):
     """A random model with every kind of weight different from its default."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family,
-        **{
-            "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    config = config_from_dict(
+        {
+            "model_type": family, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
             "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, **options,
-        },
+        }
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).float().eval()
     randomize(model)
@@ -67,6 +67,27 @@ def test_logits_equal_transformers_and_weights_come_back(tmp_path, family, optio
     stored = load_file(tmp_path / "model.safetensors")
     assert back.keys() == stored.keys()
     assert all(torch.equal(back[name], stored[name]) for name in stored)
+
+
+def test_both_names_of_the_rotary_settings_give_one_model(tmp_path):
+    """transformers 5 writes ``rope_parameters``, which 4 leaves unread; 5 reads the old names too."""
+    values = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    new = {"rope_parameters": LLAMA3_ROPE}
+    old = {"rope_theta": 500000.0, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}
+    frequencies, arguments = [], []
+    for rope in (new, old, new | old):
+        (tmp_path / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 16384} | rope))
+        config = load_hf_config(tmp_path)
+        assert old_rope_keys(config) == old
+        arguments.append(gpt_arguments(config))
+        frequencies.append(LlamaRotaryEmbedding(config).inv_freq)
+    assert arguments[0] == arguments[1] == arguments[2]
+    assert arguments[0]["rotary_base"] == 500000.0
+    assert arguments[0]["rope_scaling_factor"] == 8.0
+    assert torch.equal(frequencies[0], frequencies[1])
+    assert torch.equal(frequencies[0], frequencies[2])
+    with pytest.raises(ValueError, match="by layer type"):
+        old_rope_keys(PretrainedConfig(rope_parameters={"full_attention": {"rope_theta": 1e6}}))
 
 
 def test_sharded_folder_reads_the_same(tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from nemo_rba.types import SamplingParams
 @pytest.mark.parametrize("fixture", ["llama_salm", "qwen3_salm"])
 def test_salm_there_and_back_is_bit_equal(fixture, request, tmp_path, monkeypatch):
     from nemo.collections.speechlm2.models import SALM
-    from nemo.collections.speechlm2.vllm.salm.config import NeMoSpeechLMConfig
+    from nemo.collections.speechlm2.parts import hf_hub
 
     source, _ = request.getfixturevalue(fixture)
     model, target = load_speech_lm(source), tmp_path / "salm"
@@ -27,6 +28,8 @@ def test_salm_there_and_back_is_bit_equal(fixture, request, tmp_path, monkeypatc
     assert str(tmp_path) not in (target / "config.json").read_text()
     RBASpeechLM.check_salm(target)
 
+    if not hasattr(hf_hub, "LLM_BACKBONE_DIR"):  # NeMo 2.7.3 looks for llm_backbone where it was started
+        monkeypatch.chdir(target)
     salm = SALM.from_pretrained(str(target)).eval()
     names = set(salm.state_dict())
     if salm.llm.config.tie_word_embeddings:
@@ -42,10 +45,18 @@ def test_salm_there_and_back_is_bit_equal(fixture, request, tmp_path, monkeypatc
     )  # fmt: skip
     for rollout, row in zip(ours, theirs.tolist(), strict=True):
         assert rollout.token_ids.tolist() == row[: len(rollout.token_ids)]
-    monkeypatch.chdir(target)
-    assert NeMoSpeechLMConfig.from_pretrained(".").text_config.hidden_size == 64
     with pytest.raises(ValueError, match="exists already"):
         model.save_salm(target)
+
+
+def test_vllm_plugin_reads_the_config(speech_lm, tmp_path, monkeypatch):
+    if find_spec("nemo.collections.speechlm2.vllm") is None:
+        pytest.skip("NeMo 2.7.3 has no nemo.collections.speechlm2.vllm")
+    from nemo.collections.speechlm2.vllm.salm.config import NeMoSpeechLMConfig
+
+    speech_lm.save_salm(tmp_path / "salm")
+    monkeypatch.chdir(tmp_path / "salm")
+    assert NeMoSpeechLMConfig.from_pretrained(".").text_config.hidden_size == 64
 
 
 def _change_weights(folder, change):

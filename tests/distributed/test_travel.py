@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints travel: a run broken off under TP2 goes on under TP2, PP2 or alone, and ends where it would have ended.
+
+Tolerance 5e-5 on weights of size 1 that moved by up to 4e-2: 14 AdamW steps, and a step divides the gradient by its own
+size, so that where it is small the rounding of another layout is a visible part of it (1.2e-5 was seen).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from alignment_run import EVERY_TWO_STEPS, NUM_BATCHES, build, fit, make_manifest
+
+from nemo_rba.checkpoint.whole import gather_state
+from nemo_rba.models.rba_speech_lm import RBASpeechLM
+
+TOLERANCE = 5e-5
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return make_manifest(tmp_path_factory.mktemp("travel-manifest") / "train")
+
+
+@pytest.fixture(scope="module")
+def folder(llama_salm, manifest, tmp_path_factory):
+    """What ``travel.py`` left."""
+    folder = tmp_path_factory.mktemp("travel")
+    tests = Path(__file__).resolve().parents[1]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        str(tests / "distributed/travel.py"),
+    ]
+    done = subprocess.run(
+        [*command, str(llama_salm[0]), str(manifest), str(folder)], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(llama_salm, manifest, tmp_path_factory):
+    """(final weights, metrics) of one process that was never broken off."""
+    folder = tmp_path_factory.mktemp("whole")
+    module = build(llama_salm[0], manifest, folder)
+    fit(module, folder, EVERY_TWO_STEPS)
+    return gather_state(module.model), (folder / "metrics.jsonl").read_text()
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["to_tp2", "to_pp2"])
+def test_a_run_goes_on_under_another_layout(folder, uninterrupted, name):
+    model = RBASpeechLM.restore_from(folder / name / "final.nemo")
+    assert_same(gather_state(model), uninterrupted[0])
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(uninterrupted[1].splitlines())
+
+
+def test_a_run_goes_on_alone(folder, uninterrupted, llama_salm, manifest):
+    module = build(llama_salm[0], manifest, folder / "one")
+    trainer = fit(module, folder / "one", EVERY_TWO_STEPS)
+    assert module.num_batches == NUM_BATCHES
+    assert trainer.global_step == module.schedule.step == 2 * NUM_BATCHES
+    assert_same(gather_state(module.model), uninterrupted[0])
+
+
+def test_a_nemo_is_the_same_at_every_layout(folder):
+    expected = gather_state(RBASpeechLM.restore_from(folder / "to_pp2" / "final.nemo"))
+    for layout in ("tp2", "pp2"):
+        restored = torch.load(folder / f"restored_{layout}.pt", weights_only=True)
+        assert restored.keys() == expected.keys()
+        assert all(torch.equal(restored[name], value) for name, value in expected.items())
+
+
+def test_a_half_written_checkpoint_is_not_chosen(folder, llama_salm, manifest, tmp_path, monkeypatch):
+    """A crash while a checkpoint is written leaves the one before it as the last."""
+    from nemo_rba.checkpoint import sharded
+
+    written = []
+
+    def fail_at_second(*args, **kwargs):
+        written.append(args)
+        original(*args, **kwargs)
+        if len(written) == 3:  # of the second step's two: the best, and the last
+            raise OSError("No space left on device")
+
+    original = sharded.dist_checkpointing.save
+    monkeypatch.setattr(sharded.dist_checkpointing, "save", fail_at_second)
+    with pytest.raises(OSError, match="No space"):
+        fit(build(llama_salm[0], manifest, tmp_path), tmp_path, EVERY_TWO_STEPS)
+    monkeypatch.undo()
+    assert list((tmp_path / "run").rglob("*.distcp"))
+    resumed = build(llama_salm[0], manifest, tmp_path)
+    fit(resumed, tmp_path, EVERY_TWO_STEPS)
+    assert resumed.num_batches == NUM_BATCHES
+    whole = build(llama_salm[0], manifest, tmp_path / "whole")
+    fit(whole, tmp_path / "whole", EVERY_TWO_STEPS)
+    assert_same(gather_state(resumed.model), gather_state(whole.model))
+    assert not list(tmp_path.rglob("unfinished/*"))
