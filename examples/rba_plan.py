@@ -126,8 +126,9 @@ def plan(cfg: DictConfig) -> dict:
     dtype, arguments = getattr(torch, cfg.model.params_dtype), gpt_arguments(llm)
     perception = build_perception(perception_config, dtype)
     stages = build_stages(
-        gpt_arguments=arguments, perception=perception, params_dtype=dtype, layout=layout, freeze=cfg.policy.freeze
-    )
+        gpt_arguments=arguments, perception=perception, params_dtype=dtype, layout=layout, lora=cfg.policy.lora,
+        freeze=cfg.policy.freeze,
+    )  # fmt: skip
     frames = num_frames(perception, cfg.data.max_duration_seconds)
     width = perception_config["modality_adapter"].get("d_model", llm.hidden_size)
     made = make_plan(stages, make_sizes(cfg, arguments), make_job(cfg, llm, layout, frames, width))
@@ -139,8 +140,6 @@ def notes(cfg: DictConfig, stages: list[Stage]) -> list[str]:
     left_out = []
     if total_parameters(stages, part="encoder", trained=True):
         left_out.append("the trained encoder's activations are not counted; policy.freeze leaves it trained")
-    if cfg.model.get("lora") and not total_parameters(stages, part="LoRA"):
-        left_out.append("model.lora is not counted, and the weights it freezes are counted as trained")
     return left_out
 
 

@@ -45,6 +45,7 @@ ALIGNMENT = (
     "model", "teacher", "rollouts", "reward", "advantage", "objective", "policy", "schedule", "num_minibatches", "data",
     "trainer", "validation", "seed",
 )  # fmt: skip
+PASSES = (("policy", "micro_batch_size"), ("policy", "generation_batch_size"), ("policy", "recompute"))
 EVALUATION = ("model", "teacher", "evaluation", "conditions", "data", "seed", "name")
 LABELS = {"rba": "RBA", "sft": "SFT", "distillation": "SFT", "forward_kl": "Forward KL", "reverse_kl": "Reverse KL"}
 PANELS = {
@@ -74,8 +75,18 @@ def arms(cfg: DictConfig) -> dict[str, DictConfig]:
 
 
 def keys(cfg: DictConfig, names: tuple[str, ...]) -> dict:
-    """A part of the config, resolved."""
+    """A part of the config, resolved, without what only says how it is computed: the layout, and sizes of passes.
+
+    So an interrupted job may go on with other GPUs. The batch of one data-parallel rank is given as the global one.
+    """
     plain = OmegaConf.to_container(cfg, resolve=True)
+    groups = layout(cfg)
+    ranks = cfg.trainer.devices * cfg.trainer.num_nodes
+    ranks //= groups["tensor_model_parallel_size"] * groups["pipeline_model_parallel_size"]
+    if "batch_size" in cfg.data:
+        plain["data"]["global_batch_size"] = plain["data"].pop("batch_size") * ranks
+    for part, key in [("trainer", "devices"), ("trainer", "num_nodes"), *(("model", key) for key in groups), *PASSES]:
+        plain.get(part, {}).pop(key, None)
     return {name: plain[name] for name in names}
 
 

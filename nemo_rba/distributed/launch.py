@@ -35,6 +35,7 @@ def launch(*, devices: int, num_nodes: int, tensor_parallel_size: int, pipeline_
     cpu.install()
     environment = _environment()
     if not dist.is_initialized() and (devices * num_nodes > 1 or environment.creates_processes_externally):
+        _check_world(environment, devices, num_nodes)
         _SubprocessScriptLauncher(environment, num_processes=devices, num_nodes=num_nodes).launch(lambda: None)
         _connect(environment, devices, num_nodes)
     parallel.initialize(
@@ -49,20 +50,23 @@ def _environment() -> ClusterEnvironment:
     return LightningEnvironment()
 
 
-def _connect(environment: ClusterEnvironment, devices: int, num_nodes: int) -> None:
+def _check_world(environment: ClusterEnvironment, devices: int, num_nodes: int) -> None:
     started = environment.world_size() if not isinstance(environment, LightningEnvironment) else devices * num_nodes
     if started != devices * num_nodes:
         raise ValueError(
             f"{started} processes were started, but trainer.devices {devices} x trainer.num_nodes {num_nodes} = "
             f"{devices * num_nodes}; change these keys, or torchrun's --nproc_per_node and --nnodes (srun's tasks)"
         )
-    environment.set_world_size(started)
+
+
+def _connect(environment: ClusterEnvironment, devices: int, num_nodes: int) -> None:
+    environment.set_world_size(devices * num_nodes)
     environment.set_global_rank(environment.node_rank() * devices + environment.local_rank())
     rank_zero_only.rank = environment.global_rank()
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
     if torch.cuda.is_available():
         torch.cuda.set_device(environment.local_rank())
     dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo", rank=environment.global_rank(), world_size=started,
+        "nccl" if torch.cuda.is_available() else "gloo", rank=environment.global_rank(), world_size=devices * num_nodes,
         timeout=TIMEOUT,
     )  # fmt: skip

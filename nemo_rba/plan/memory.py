@@ -188,15 +188,9 @@ def kv_cache_bytes(stage: Stage, sizes: Sizes, batch: Microbatch) -> int:
     return position * batch.prompts * (batch.prompt_positions + batch.group_size * cache_capacity(batch.fed))
 
 
-def cache_view_bytes(stage: Stage, sizes: Sizes, batch: Microbatch) -> int:
-    """Rest of the prompts' fused QKV output, which the cached values are views of."""
-    width = (sizes.heads + sizes.groups) * sizes.head_dim * sizes.itemsize
-    return stage.num_layers * batch.prompts * batch.prompt_positions * width
-
-
-def cache_copy_bytes(stage: Stage, sizes: Sizes, batch: Microbatch) -> int:
-    """Second copy of the answers' cache while finished answers are dropped from it, at its longest."""
-    position = 2 * stage.num_layers * sizes.groups * sizes.head_dim * sizes.itemsize
+def cache_copy_bytes(sizes: Sizes, batch: Microbatch) -> int:
+    """Second copy of one layer's cache of answers while finished ones are dropped from it, at its longest."""
+    position = 2 * sizes.groups * sizes.head_dim * sizes.itemsize
     return int(KEEP_SHARE * position * batch.prompts * batch.group_size * batch.fed)
 
 

@@ -132,8 +132,7 @@ def _generation(stage: Stage, sizes: Sizes, job: Job) -> list[tuple[str, str, in
     fewer = "lower policy.generation_batch_size"
     return [
         ("generation", "KV cache", memory.kv_cache_bytes(stage, sizes, batch), fewer),
-        ("generation", "KV cache, views", memory.cache_view_bytes(stage, sizes, batch), fewer),
-        ("generation", "KV cache, copied", memory.cache_copy_bytes(stage, sizes, batch), fewer),
+        ("generation", "KV cache, copied", memory.cache_copy_bytes(sizes, batch), fewer),
         ("generation", "sampling", scores, fewer),
     ]
 

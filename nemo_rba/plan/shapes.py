@@ -7,7 +7,7 @@ so one rank a stage is enough.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemo_rba.distributed import cpu
 from nemo_rba.modules.gpt import build_gpt
+from nemo_rba.modules.lora import add_lora
 from nemo_rba.modules.perception import check_perception
 
 PARTS = ("encoder", "adapter", "LLM", "LoRA")
@@ -134,11 +135,12 @@ def num_frames(perception: AudioPerceptionModule, seconds: float) -> int:
 
 
 def build_stages(
-    *, gpt_arguments: dict, perception: nn.Module, params_dtype: torch.dtype, layout: Layout, freeze: Sequence[str]
-) -> list[Stage]:
+    *, gpt_arguments: dict, perception: nn.Module, params_dtype: torch.dtype, layout: Layout, lora: Mapping | None,
+    freeze: Sequence[str],
+) -> list[Stage]:  # fmt: skip
     """The shapes of one rank of every pipeline stage.
 
-    ``gpt_arguments`` as of ``conversion.families``; ``freeze`` as of the policy: regular expressions of names.
+    ``gpt_arguments`` as of ``conversion.families``; ``lora`` and ``freeze`` as of the policy.
 
     Raises:
         ValueError: a size does not divide by the layout, or ``freeze`` matches nothing or everything.
@@ -146,8 +148,11 @@ def build_stages(
     stages = []
     ranks_per_stage = layout.world_size // layout.pipeline_parallel_size
     for index in range(layout.pipeline_parallel_size):
-        with fake_rank(index * ranks_per_stage, layout), torch.device("meta"):
-            llm = build_gpt(**gpt_arguments, params_dtype=params_dtype, sequence_parallel=layout.sequence_parallel)
+        with fake_rank(index * ranks_per_stage, layout):
+            with torch.device("meta"):
+                llm = build_gpt(**gpt_arguments, params_dtype=params_dtype, sequence_parallel=layout.sequence_parallel)
+            if lora is not None:
+                add_lora(llm, **lora)
         modules = {"perception": perception, "llm": llm} if llm.pre_process else {"llm": llm}
         stages.append(_stage(index, nn.ModuleDict(modules), layout))
     return _freeze(stages, freeze)

@@ -20,6 +20,8 @@ SHORT = [
     "schedule.warmup_steps=2", "trainer.val_check_interval=3", "evaluation.num_draws=200",
 ]  # fmt: skip
 
+TWO_PROCESSES = ["trainer.devices=2", "model.tensor_model_parallel_size=2"]
+
 
 LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
 
@@ -40,7 +42,7 @@ def finish(process: subprocess.Popen) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The main job, killed once in the middle of its alignment and started again."""
+    """The main job, killed in the middle of its alignment and started again, now as two processes."""
     folder = tmp_path_factory.mktemp("story")
     arguments = ["--config-name=rba_tiny", f"output={folder}", *SHORT]
     checkpoints = folder / "align_rba" / "lightning" / "checkpoints"
@@ -48,13 +50,13 @@ def run(tmp_path_factory):
     with log.open("w") as output:  # a pipe nobody reads would fill up and stop the job
         process = start("rba_align.py", *arguments, stdout=output)
         deadline = time.monotonic() + 400
-        while not list(checkpoints.glob("*-last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
+        while not list(checkpoints.glob("*-last")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
     assert process.poll() is None, log.read_text()[-3000:]
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert list(checkpoints.glob("*-last.ckpt")), log.read_text()[-3000:]
-    return folder, finish(start("rba_align.py", *arguments))
+    assert list(checkpoints.glob("*-last")), log.read_text()[-3000:]
+    return folder, finish(start("rba_align.py", *arguments, *TWO_PROCESSES))
 
 
 def test_it_goes_on_after_a_kill(run):
