@@ -29,6 +29,7 @@ class Plan:
 
     sizes: Sequence[Size]
     load: Load  # of the first table; its seconds are the audio of the sweep over G
+    update_prompts: int
     seconds: Sequence[float]
     groups: Sequence[int]
     lengths: Sequence[float]
@@ -85,7 +86,7 @@ def _answers(plan: Plan, model, salm, found: Findings, say: Callable[[str], None
 
 def _training(plan: Plan, folder: Path, found: Findings, say: Callable[[str], None], *, last: bool) -> None:
     """Table 3 of one size, and table 5 of the last one."""
-    loads = [Load(plan.load.prompts, plan.load.group, plan.load.tokens, seconds) for seconds in plan.seconds]
+    loads = [Load(plan.update_prompts, plan.load.group, plan.load.tokens, seconds) for seconds in plan.seconds]
     if "updates" in plan.tables:
         say("updates")
         found.updates += [training.compare_updates(folder, load, repeats=plan.repeats) for load in loads]
@@ -97,16 +98,21 @@ def _training(plan: Plan, folder: Path, found: Findings, say: Callable[[str], No
 def write(found: Findings, plan: Plan, folder: Path) -> str:
     """``bench.md`` and, when there is something to draw, ``bench.png``; returns the Markdown."""
     load = plan.load
-    what = f"{load.prompts} prompts x G = {load.group} answers x {load.tokens} tokens"
+    asked = f"G = {load.group} answers x {load.tokens} tokens"
+    what, few = f"{load.prompts} prompts x {asked}", f"{plan.update_prompts} prompts x {asked}"
     sections = {
         f"Group sampling beside NeMo `SALM.generate`: {what}": generation.speed_rows(found.speeds),
-        f"Cost against G, {load.seconds:g} s of audio": _sweeps(found.by_group, "group", "G"),
-        f"Cost against audio, G = {load.group}": _sweeps(found.by_audio, "seconds", "audio, s"),
-        f"Update with the prompt once a group, beside the plain one: {what}": training.update_rows(found.updates),
+        f"Cost against G, {load.seconds:g} s of audio, {plan.sweep_prompts} prompts at once": _sweeps(
+            found.by_group, "group", "G"
+        ),
+        f"Cost against audio, G = {load.group}, {plan.sweep_prompts} prompts at once": _sweeps(
+            found.by_audio, "seconds", "audio, s"
+        ),
+        f"Update with the prompt once a group, beside the plain one: {few}": training.update_rows(found.updates),
         f"One RL step of the tiny recipe, {plan.step_prompts} prompts": (
             training.share_rows(found.shares) if found.shares else []
         ),
-        f"Peak memory, largest LLM, {what}": memory.peak_rows(found.peaks),
+        f"Peak memory, largest LLM, {few}": memory.peak_rows(found.peaks),
     }
     text = f"# Benchmark\n\nCPU time on one thread, {plan.repeats} repeats: median [lowest, highest].\n\n"
     text += "\n".join(f"## {title}\n\n{page.table(rows)}" for title, rows in sections.items() if rows)
@@ -132,7 +138,7 @@ def main() -> None:
     logging.setLevel(logging.ERROR)
     plan = Plan(
         sizes=[SIZES[name] for name in args.sizes], load=Load(prompts=8, group=8, tokens=32, seconds=10.0),
-        seconds=(3.0, 20.0), groups=(1, 2, 4, 8, 16), lengths=(1.0, 3.0, 10.0, 20.0), sweep_prompts=2,
+        seconds=(3.0, 20.0), groups=(1, 2, 4, 8, 16), lengths=(1.0, 3.0, 10.0, 20.0), sweep_prompts=4, update_prompts=4,
         repeats=args.repeats, step_prompts=16, tables=args.only,
     )  # fmt: skip
     found = measure(plan, lambda message: print(f"... {message}", flush=True))

@@ -140,7 +140,7 @@ def missing(cfg: DictConfig) -> list[str]:
     lines = [
         f"{need.key} = {OmegaConf.select(cfg, need.key)}: {need.what} is not there. {need.how}"
         for need in cfg.requires
-        if not Path(str(OmegaConf.select(cfg, need.key))).exists()
+        if (path := OmegaConf.select(cfg, need.key)) is not None and not Path(str(path)).exists()
     ]
     if cfg.trainer.accelerator == "gpu" and torch.cuda.device_count() < cfg.trainer.devices:
         lines.append(

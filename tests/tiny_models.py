@@ -135,7 +135,7 @@ def make_salm_folder(folder: Path, family: str):
     return folder, salm
 
 
-def load_speech_lm(folder: Path):
+def load_speech_lm(folder: Path, params_dtype: str = "float32"):
     """RBASpeechLM from a SALM folder on one process."""
     from nemo_rba.models.rba_speech_lm import RBASpeechLM
 
@@ -143,7 +143,7 @@ def load_speech_lm(folder: Path):
         folder=folder,
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
-        params_dtype="float32",
+        params_dtype=params_dtype,
         seed=0,
         sequence_parallel=False,
     )

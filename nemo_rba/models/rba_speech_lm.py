@@ -262,8 +262,8 @@ class RBASpeechLM(ModelPT):
         return EncodedSpeech(lens.new_empty(len(lens), 0), lens) if speech is None else speech
 
     def _encode_here(self, batch: SpeechBatch) -> EncodedSpeech:
-        device, dtype = parallel.device(), next(self.perception.encoder.parameters()).dtype
-        return encode(self.perception, batch.audio.to(device, dtype), batch.audio_lens.to(device))
+        device = parallel.device()
+        return encode(self.perception, batch.audio.to(device, torch.float32), batch.audio_lens.to(device))
 
     def embed_prompts(self, batch: SpeechBatch, speech: EncodedSpeech) -> tuple[Tensor | None, Tensor]:
         """Left-padded prompt embeddings (S, B, H), None beyond the first stage, and their valid positions (B, S)."""

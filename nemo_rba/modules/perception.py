@@ -48,8 +48,9 @@ def check_perception(perception: AudioPerceptionModule) -> None:
 
 @typecheck.disable_checks()
 def encode(perception: AudioPerceptionModule, audio: Tensor, audio_lens: Tensor) -> EncodedSpeech:
-    """Run the encoder on audio (B, A) with audio_lens (B,)."""
+    """Run the encoder on float32 audio (B, A) with audio_lens (B,); its features have its weights' type."""
     features, lens = perception.preprocessor(input_signal=audio, length=audio_lens)
+    features = features.to(next(perception.encoder.parameters()).dtype)
     return EncodedSpeech(*perception.encoder(audio_signal=features, length=lens))
 
 

@@ -209,7 +209,7 @@ def judging_bytes(*, rows: int, tokens: int, prompt_tokens: int, vocabulary: int
 def total_parameters(stages: Sequence[Stage], *, part: str | None = None, trained: bool | None = None) -> int:
     """Parameters of the whole model: every shard counted, every copy left out."""
     return sum(
-        p.numel * p.ways
+        p.numel * p.ways - p.filling
         for stage in stages
         for p in stage.parameters
         if not p.is_copy and part in (None, p.part) and trained in (None, p.trained)

@@ -65,6 +65,7 @@ class Parameter:
     numel: int  # elements on this rank
     itemsize: int  # bytes an element
     ways: int  # tensor-parallel ranks it is cut over, 1 where every rank has all of it
+    filling: int  # elements over all ranks that only make the vocabulary divide
     is_copy: bool  # the last pipeline stage's copy of tied embeddings
     trained: bool
 
@@ -174,12 +175,19 @@ def _stage(index: int, model: nn.ModuleDict, layout: Layout) -> Stage:
                 numel=parameter.numel(),
                 itemsize=parameter.itemsize,
                 ways=layout.tensor_parallel_size if getattr(parameter, "tensor_model_parallel", False) else 1,
+                filling=_filling(llm, name, parameter, layout.tensor_parallel_size),
                 is_copy=tied and name == _OUTPUT,
                 trained=True,
             )
             for name, parameter in model.named_parameters()
         ),
     )
+
+
+def _filling(llm: nn.Module, name: str, parameter: torch.Tensor, tensor_parallel_size: int) -> int:
+    if name not in (_EMBEDDINGS, _OUTPUT):
+        return 0
+    return (parameter.shape[0] * tensor_parallel_size - llm.num_words) * parameter.shape[1]
 
 
 def _part(name: str) -> str:

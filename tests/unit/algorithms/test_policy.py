@@ -231,18 +231,20 @@ def test_what_is_frozen_has_no_gradient_and_no_optimizer_state(llama_salm, speec
     assert sum(state["exp_avg"].numel() for state in states) == sum(p.numel() for p in policy.parameters())
 
 
-def test_lora_learns_and_is_merged_into_what_is_saved(llama_salm, speech_batch, tmp_path):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_lora_alone_learns_and_is_merged_into_what_is_saved(llama_salm, speech_batch, tmp_path, recompute):
     lora = {"rank": 4, "alpha": 8, "target_modules": ["linear_qkv", "linear_fc1", "linear_fc2"], "seed": 0}
     policy = MegatronPolicy(
         model=load_speech_lm(llama_salm[0]), keep_start=True, lora=lora, freeze=["^(?!.*\\.lora_[ab]$)"],
-        micro_batch_size=8, **SETTINGS,
+        micro_batch_size=8, **SETTINGS | {"recompute": recompute},
     )  # fmt: skip
     params = SamplingParams(max_new_tokens=10, temperature=0)
     words = [[r.response for r in policy.generate(speech_batch, group_size=1, params=params)]]
     _, whole = rollout_batch(policy, speech_batch, policy_gradient())
     start = policy.logprobs(whole)
-    for _ in range(4):
+    for step in range(4):
         policy.forward_backward(whole, policy_gradient())
+        assert step == 0 or all(gradient.abs().max() > 0 for gradient in gradients(policy).values())
         policy.step(3e-2)
     torch.testing.assert_close(policy.logprobs(whole, reference=True), start, atol=1e-5, rtol=0)
     answers = policy.generate(speech_batch, group_size=1, params=params)
@@ -256,3 +258,26 @@ def test_lora_learns_and_is_merged_into_what_is_saved(llama_salm, speech_batch, 
     for one, other in zip(answers, found, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_bfloat16_learns_with_float32_main_weights(qwen3_salm, speech_batch, distributed_optimizer):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        policy = MegatronPolicy(
+            model=load_speech_lm(qwen3_salm[0], params_dtype=dtype), keep_start=False, lora=None, micro_batch_size=2,
+            freeze=FROZEN_ENCODER, **SETTINGS | {"distributed_optimizer": distributed_optimizer, "recompute": True},
+        )  # fmt: skip
+        rollouts = TeacherRollouts()(policy, speech_batch, seed=0)
+        (whole,) = collate(
+            speech_batch, rollouts, torch.zeros(4), policy=policy, objective=DistillationLoss(), teacher=None,
+            num_minibatches=1,
+        )  # fmt: skip
+        losses[dtype] = []
+        for _ in range(6):
+            losses[dtype].append(policy.forward_backward(whole, DistillationLoss())["loss/distillation"])
+            policy.step(5e-3)
+    assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
+    assert {p.dtype for group in policy.optimizer.param_groups for p in group["params"]} == {torch.float32}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+    assert losses["bfloat16"][-1] < 0.2 * losses["bfloat16"][0]
