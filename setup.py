@@ -41,7 +41,7 @@ setup(
     package_data={"": ["*.yaml"]},
     install_requires=[
         "nemo_toolkit[asr,nlp,tts]>=2.7.3,<4",
-        "megatron-core>=0.16,<0.17",
+        "megatron-core>=0.16,<0.18",
         "torch>=2.6",
         "peft",  # imported by nemo.collections.speechlm2, yet only required by its extra of that name
         "transformers",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from nemo.collections.speechlm2.models import SALM
 
 from bench.systems import Load, Times, alternate, answer_nemo, answer_ours, noise_clips, num_parameters
@@ -21,6 +22,7 @@ class Comparison:
     load: Load
     ours: Times
     nemo: Times
+    encoder: Times  # the speech encoder alone: both run it once, and what a policy shares with its update
     greedy_agreement: float | None = None  # share of equal tokens
 
 
@@ -28,7 +30,12 @@ def compare(model: RBASpeechLM, salm: SALM, load: Load, *, repeats: int, check_g
     """Time both systems under the same load, taking turns."""
     batch = noise_clips(model, load.prompts, load.seconds)
     times = alternate(
-        {"ours": lambda: answer_ours(model, batch, load), "nemo": lambda: answer_nemo(salm, batch, load)}, repeats
+        {
+            "ours": lambda: answer_ours(model, batch, load),
+            "nemo": lambda: answer_nemo(salm, batch, load),
+            "encoder": torch.no_grad()(lambda: model.encode(batch)),
+        },
+        repeats,
     )
     agreement = greedy_agreement(model, salm, replace(load, group=1)) if check_greedy else None
     return Comparison(llm=num_parameters(model), load=load, **times, greedy_agreement=agreement)
@@ -82,6 +89,8 @@ def speed_rows(found: Sequence[Comparison]) -> list[dict[str, str]]:
                 "NeMo, ms/answer": one.nemo.per(answers),
                 "ours / NeMo speed": f"**{ratio:.2f}** [{low:.2f}, {high:.2f}]",
                 "aim": f"{aim:g}" if aim else "",
+                "encoder, ms/answer": one.encoder.per(answers),
+                "speed without encoder": f"{one.nemo.less(one.encoder).over(one.ours.less(one.encoder))[0]:.2f}",
                 "greedy tokens equal": "" if one.greedy_agreement is None else f"{one.greedy_agreement:.1%}",
             }
         )

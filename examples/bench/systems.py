@@ -66,6 +66,10 @@ class Times:
         ratios = [mine / theirs for mine, theirs in zip(self.rounds, other.rounds, strict=True)]
         return statistics.median(ratios), min(ratios), max(ratios)
 
+    def less(self, part: "Times") -> "Times":
+        """Without a part that was timed in the same rounds."""
+        return Times(tuple(whole - x for whole, x in zip(self.rounds, part.rounds, strict=True)))
+
 
 def alternate(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
     """CPU seconds of each function; they take turns, and a first round that warms up is not counted."""
