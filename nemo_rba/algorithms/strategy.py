@@ -16,13 +16,17 @@ from nemo.utils.model_utils import ckpt_to_dir
 
 from nemo_rba.checkpoint import sharded
 from nemo_rba.distributed import parallel
+from nemo_rba.distributed.launch import cluster_environment
 
 
 class MegatronStrategy(DDPStrategy):
     """For ``trainer.strategy``: megatron's groups over the processes that Lightning, torchrun or SLURM started."""
 
     def __init__(self, *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, seed: int):
-        super().__init__(process_group_backend="nccl" if torch.cuda.is_available() else "gloo")
+        super().__init__(
+            cluster_environment=cluster_environment(),
+            process_group_backend="nccl" if torch.cuda.is_available() else "gloo",
+        )
         self._layout = {
             "tensor_parallel_size": tensor_model_parallel_size,
             "pipeline_parallel_size": pipeline_model_parallel_size,

@@ -33,7 +33,7 @@ def launch(*, devices: int, num_nodes: int, tensor_parallel_size: int, pipeline_
         ValueError: the launcher's world is of another size, or does not divide by the model-parallel size.
     """
     cpu.install()
-    environment = _environment()
+    environment = cluster_environment()
     if not dist.is_initialized() and (devices * num_nodes > 1 or environment.creates_processes_externally):
         _check_world(environment, devices, num_nodes)
         _SubprocessScriptLauncher(environment, num_processes=devices, num_nodes=num_nodes).launch(lambda: None)
@@ -43,11 +43,11 @@ def launch(*, devices: int, num_nodes: int, tensor_parallel_size: int, pipeline_
     )
 
 
-def _environment() -> ClusterEnvironment:
-    for kind in (TorchElasticEnvironment, SLURMEnvironment):
-        if kind.detect():
-            return kind()
-    return LightningEnvironment()
+def cluster_environment() -> ClusterEnvironment:
+    """Who starts the processes. Under SLURM the batch script queues a job again, not Lightning in a signal handler."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else LightningEnvironment()
 
 
 def _check_world(environment: ClusterEnvironment, devices: int, num_nodes: int) -> None:
