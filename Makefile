@@ -2,6 +2,7 @@
 # make align    environment if need be, then the main job on the tiny recipe (CPU)
 # make test     environment if need be, then lint and all tests
 # make lint     ruff only
+# make bench    group sampling and shared-prompt updates beside NeMo and the plain way: tables and a picture in runs/bench
 # make assets   build the tiny teacher and speech encoder of examples/tiny anew
 # make clean    remove what building and testing left; keeps .venv* and runs/
 #
@@ -20,7 +21,7 @@ STAMP := $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: align test lint assets clean
+.PHONY: align test lint bench assets clean
 
 align: $(STAMP)
 	$(BIN)/python examples/rba_align.py --config-name=$(CONFIG)
@@ -31,6 +32,9 @@ test: lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	$(BIN)/python examples/rba_bench.py
 
 assets: $(STAMP)
 	$(BIN)/python examples/tiny/build_assets.py

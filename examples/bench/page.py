@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from bench.generation import AIMS, Comparison, cost_per_prompt
 from bench.training import SHARES
@@ -35,8 +36,11 @@ def picture(
     _draw_shares(share, shares)
     for axes in (speed, groups, audio, share):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(axes.get_title(), loc="left", fontweight="bold", fontsize=10.5)
     return figure
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontweight="bold", fontsize=10.5)
 
 
 def _draw_speeds(axes: Axes, speeds: Sequence[Comparison]) -> None:
@@ -45,13 +49,13 @@ def _draw_speeds(axes: Axes, speeds: Sequence[Comparison]) -> None:
         ratio, low, high = one.nemo.over(one.ours)
         axes.bar(place, ratio, width=0.6, color=OURS)
         axes.errorbar(place, ratio, [[ratio - low], [high - ratio]], color=INK, linewidth=1, capsize=3)
-        axes.annotate(f"{ratio:.2f}", (place - 0.28, ratio), (0, 3), textcoords="offset points", fontsize=9)
+        axes.annotate(f"{ratio:.2f}", (place, 0.1), color="white", ha="center", fontweight="bold")
         if one.load.seconds in AIMS:
             axes.hlines(AIMS[one.load.seconds], place - 0.4, place + 0.4, color=NEMO, linestyle="--")
     axes.axhline(1, color=PALE, zorder=0)
     axes.set_xticks(range(len(speeds)), labels)
     axes.set_ylabel("times as fast as NeMo (dashed: aim)")
-    axes.set_title(f"Group sampling, G = {speeds[0].load.group}")
+    _title(axes, f"Group sampling, G = {speeds[0].load.group}")
 
 
 def _draw_costs(axes: Axes, sweeps: Sequence[Sequence[Comparison]], attribute: str, label: str) -> None:
@@ -62,10 +66,14 @@ def _draw_costs(axes: Axes, sweeps: Sequence[Sequence[Comparison]], attribute: s
             title = f"{'NeMo' if name == 'nemo' else 'ours'}, {sweep[0].llm}"
             axes.plot(places, costs, style, marker="o", markersize=4, color=colour, label=title)
     fixed = sweeps[0][0].load
-    axes.set_title(f"Cost, {fixed.seconds:g} s of audio" if attribute == "group" else f"Cost, G = {fixed.group}")
+    _title(axes, f"Cost, {fixed.seconds:g} s of audio" if attribute == "group" else f"Cost, G = {fixed.group}")
     axes.set_xlabel(label)
     axes.set_ylabel("CPU ms per prompt")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(places)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -79,4 +87,4 @@ def _draw_shares(axes: Axes, shares: Mapping[str, Sequence[float]]) -> None:
         axes.annotate(f"{value:.1f} %", (value, place), (4, -3), textcoords="offset points", fontsize=8)
     axes.set_xlabel("% of CPU time")
     axes.margins(x=0.15)
-    axes.set_title("One RL step of the tiny recipe")
+    _title(axes, "One RL step of the tiny recipe")

@@ -4,7 +4,8 @@
 A textbook decoder repeats the prompt for every answer. Here a prompt is one row, left padded so that every prompt ends
 at position P - 1, and its answers follow it: the keys and values of the prompt exist once, in training as in
 generation, and cost is linear in G (bifurcated attention, arXiv 2403.08845). megatron's transformer block runs
-unchanged; only its core attention is ours, and it does what the *plan* handed down as ``attention_bias`` says:
+unchanged (for single new tokens its layers' modules do, see ``gpt.run``); only its core attention is ours, and it does
+what the *plan* handed down as ``attention_bias`` says:
 
     PrefixPlan   the prompts alone; keeps keys and values when given a cache      (prefill)
     GroupPlan    prompts and all their answers in one pass, S = P + G * T         (teacher forcing)
@@ -82,7 +83,7 @@ class PrefixPlan:
             _heads_first(x) for x in (self.rotary(query, positions), self.rotary(key, positions), value)
         )
         if self.cache is not None:
-            self.cache[layer] = (key, value.contiguous())  # not a view of the fused projection
+            self.cache[layer] = (key.contiguous(), value.contiguous())  # read at every step; no view of the projection
         return _prefix_attention(query, key, value, self.valid)
 
 
@@ -140,41 +141,47 @@ class DecodePlan:
     slot: Tensor  # (n,)
     own: Cache = field(default_factory=dict)  # (n, q, capacity, d)
     num_cached: int = 0  # tokens already in ``own``
-    full: bool = False  # every prompt has the same number of living answers, in order
+    num_slots: int = 0  # most living answers of a prompt
+    full: bool = False  # every prompt has that many, in order
+    unreal: Tensor = field(init=False)  # (b, 1, 1, p) float32, what is added to scores: 0, -inf where left padded
 
     def __post_init__(self) -> None:
         self._index()
 
     def _index(self) -> None:
-        self.full = len(self.prompt) == len(self.valid) * (int(self.slot.max()) + 1)
+        self.num_slots = int(self.slot.max()) + 1
+        self.full = len(self.prompt) == len(self.valid) * self.num_slots
+        self.unreal = torch.zeros(self.valid.shape, device=self.valid.device)
+        self.unreal = self.unreal.masked_fill_(~self.valid, -torch.inf)[:, None, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        position = slice(self.valid.shape[1] + self.num_cached, self.valid.shape[1] + self.num_cached + 1)
-        query, key = self.rotary(query, position)[0], self.rotary(key, position)[0]  # (n, h, d), (n, q, d)
-        own_key, own_value = self._append(layer, key, value[0])
-        prefix_key, prefix_value = self.prefix[layer]
-        n, q, d = key.shape
-        query = query.view(n, q, -1, d) * d**-0.5
-        shared = self._on_prefix(query, prefix_key.transpose(-1, -2))
-        shared = shared.masked_fill(~self.valid[self.prompt][:, None, None], -torch.inf)
-        own = query @ own_key.transpose(-1, -2)
+        (p, h), (n, q, d) = (self.valid.shape[1], query.shape[2]), value.shape[1:]
+        position = slice(p + self.num_cached, p + self.num_cached + 1)
+        rotated = self.rotary(torch.cat((query, key), 2), position)[0]  # (n, h + q, d)
+        query = rotated[:, :h].reshape(n, q, -1, d) * d**-0.5
+        own_key, own_value = self._append(layer, rotated[:, h:], value[0])
+        prefix_key, prefix_value = (x.flatten(0, 1) for x in self.prefix[layer])  # (b * q, p, d)
+        unreal = self.unreal.to(query.dtype).expand(-1, q, -1, -1).flatten(0, 1)  # (b * q, 1, p)
+        shared = torch.baddbmm(unreal, self._by_prompt(query), prefix_key.transpose(1, 2))
+        own = self._by_prompt(query @ own_key.transpose(2, 3))
         weights = torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-        p = self.valid.shape[1]
-        out = self._on_prefix(weights[..., :p].contiguous(), prefix_value) + weights[..., p:] @ own_value
-        return out.reshape(1, n, -1)
+        out = self._by_answer(weights[..., :p] @ prefix_value, q)
+        return (out + self._by_answer(weights[..., p:], q) @ own_value).reshape(1, n, -1)
 
-    def _on_prefix(self, rows: Tensor, matrix: Tensor) -> Tensor:
-        """rows (n, q, r, x) times each row's prompt matrix (b, q, x, y) -> (n, q, r, y), one product per prompt."""
-        (n, q, r, x), b = rows.shape, len(matrix)
+    def _by_prompt(self, rows: Tensor) -> Tensor:
+        """rows (n, q, r, x) of the answers -> (b * q, slots * r, x): one matrix per prompt and head."""
+        (n, q, r, x), b = rows.shape, len(self.valid)
         if self.full:
             grid = rows.view(b, n // b, q, r, x)
         else:
-            grid = rows.new_zeros(b, int(self.slot.max()) + 1, q, r, x)
+            grid = rows.new_zeros(b, self.num_slots, q, r, x)
             grid[self.prompt, self.slot] = rows
-        slots = grid.shape[1]
-        out = grid.transpose(1, 2).reshape(b, q, slots * r, x) @ matrix
-        out = out.view(b, q, slots, r, -1).transpose(1, 2)
-        return out.reshape(n, q, r, -1) if self.full else out[self.prompt, self.slot]
+        return grid.transpose(1, 2).reshape(b * q, self.num_slots * r, x)
+
+    def _by_answer(self, matrices: Tensor, q: int) -> Tensor:
+        """The way back: (b * q, slots * r, x) -> (n, q, r, x)."""
+        grid = matrices.unflatten(0, (-1, q)).unflatten(2, (self.num_slots, -1)).transpose(1, 2)
+        return grid.flatten(0, 1) if self.full else grid[self.prompt, self.slot]
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store this step's key and value (n, q, d); returns all so far, (n, q, num_cached + 1, d)."""

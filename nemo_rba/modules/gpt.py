@@ -28,6 +28,7 @@ from torch import Tensor
 from nemo_rba.distributed import cpu
 from nemo_rba.modules.attention import DecodePlan, GroupPlan, PlannedAttention, PrefixPlan, Rotary
 
+_LINEAR = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
 _IMPOSSIBLE = -1e30  # logit of what is no word: its probability is 0, and so is 0 times its log-probability
 
 
@@ -180,6 +181,8 @@ def run(gpt: GPTModel, embeddings: Tensor | None, plan: PrefixPlan | GroupPlan |
 
     ``embeddings`` (s, b, H) is None beyond the first stage. Sequence-parallel ranks hand on (s / tp, b, H).
     """
+    if isinstance(plan, DecodePlan):
+        return _run_decode(gpt, embeddings, plan)
     sequence_parallel = gpt.config.sequence_parallel
     if gpt.pre_process and gpt.training and gpt.config.recompute_granularity and torch.is_grad_enabled():
         embeddings = embeddings if embeddings.requires_grad else embeddings.requires_grad_()  # or nothing is recomputed
@@ -189,6 +192,35 @@ def run(gpt: GPTModel, embeddings: Tensor | None, plan: PrefixPlan | GroupPlan |
     if sequence_parallel and gpt.post_process:  # what follows is the same on every rank, and so is its gradient
         hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     return hidden
+
+
+def _run_decode(gpt: GPTModel, embeddings: Tensor | None, plan: DecodePlan) -> Tensor:
+    """``run`` for one position and no gradient: the layers' own modules without megatron's wrappers around them.
+
+    With so little to compute, those wrappers cost more than the arithmetic of a small model.
+    """
+    hidden = embeddings if gpt.pre_process else gpt.decoder.input_tensor
+    for layer in gpt.decoder.layers:
+        attention, mlp = layer.self_attention, layer.mlp
+        mixed = _linear(attention.linear_qkv, layer.input_layernorm(hidden))
+        mixed = mixed.unflatten(2, (attention.num_query_groups_per_partition, -1))  # (1, n, q, (r + 2) * d)
+        d = attention.hidden_size_per_attention_head
+        query, key, value = mixed.split((mixed.shape[3] - 2 * d, d, d), 3)
+        query = query.reshape(*mixed.shape[:2], -1, d)
+        if attention.q_layernorm is not None:
+            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+        hidden = hidden + _linear(attention.linear_proj, plan.attend(layer.layer_number, query, key, value))
+        gate, up = _linear(mlp.linear_fc1, layer.pre_mlp_layernorm(hidden)).chunk(2, -1)
+        hidden = hidden + _linear(mlp.linear_fc2, gpt.config.activation_func(gate) * up)
+    return hidden if gpt.decoder.final_layernorm is None else gpt.decoder.final_layernorm(hidden)
+
+
+def _linear(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """A parallel linear layer; where there is nothing to communicate, a plain one."""
+    if type(module) in _LINEAR and parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return F.linear(x, module.weight, module.bias)
+    out, bias = module(x)
+    return out if bias is None else out + bias
 
 
 def logits(gpt: GPTModel, hidden: Tensor, *, gather: bool) -> Tensor:
