@@ -83,10 +83,35 @@ def group_size(prompt_index: Tensor) -> Tensor:
 
 def group_is_constant(values: Tensor, prompt_index: Tensor) -> Tensor:
     """True for each rollout whose group has one and the same value: nothing to learn from. (N,) bool."""
+    return group_max(values, prompt_index) == -group_max(-values, prompt_index)
+
+
+def group_max(values: Tensor, prompt_index: Tensor) -> Tensor:
+    """Largest of ``values`` (N,) over the rollouts of the same prompt, given back to each of them: (N,)."""
     member, size = _groups(prompt_index)
-    low = values.new_full((len(size),), torch.inf).scatter_reduce(0, member, values, "amin")
-    high = values.new_full((len(size),), -torch.inf).scatter_reduce(0, member, values, "amax")
-    return (low == high)[member]
+    return values.new_full((len(size),), -torch.inf).scatter_reduce(0, member, values, "amax")[member]
+
+
+def group_argmax(values: Tensor, prompt_index: Tensor) -> Tensor:
+    """Row of the largest of ``values`` (N,) in each group, the first among equals: (groups,), by rising prompt."""
+    member, size = _groups(prompt_index)
+    rows = torch.arange(len(values), device=values.device)
+    rows = torch.where(values == group_max(values, prompt_index), rows, len(values))
+    return torch.full_like(size, len(values)).scatter_reduce(0, member, rows, "amin")
+
+
+def group_softmax(values: Tensor, prompt_index: Tensor) -> Tensor:
+    """Softmax of ``values`` (N,) over the rollouts of the same prompt: (N,), adding up to 1 in each group."""
+    member, size = _groups(prompt_index)
+    shifted = (values - group_max(values.detach(), prompt_index)).exp()
+    return shifted / torch.zeros_like(values[: len(size)]).index_add(0, member, shifted)[member]
+
+
+def group_share(flags: Tensor, prompt_index: Tensor) -> Tensor:
+    """Share of the groups in which all rollouts are flagged: bool (N,) -> a number from 0 to 1."""
+    member, size = _groups(prompt_index)
+    flagged = torch.zeros(len(size), device=flags.device).index_add(0, member, flags.float())
+    return (flagged == size).float().mean()
 
 
 def pad_sequences(sequences: Sequence[Tensor], *, pad_value: float) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,11 @@ class RewardFunction(Protocol):
 
 
 class AdvantageEstimator(Protocol):
-    """How much better than its siblings."""
+    """How much better than its siblings.
+
+    With an attribute ``needs_parts`` = True it is also given ``parts``, the rewards by name; with ``needs_greedy``,
+    ``greedy``, the reward (B,) of the greedy answer to each prompt. See ``algorithms.advantage.estimate``.
+    """
 
     min_group_size: int  # answers per prompt it needs
 

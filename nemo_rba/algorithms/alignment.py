@@ -15,11 +15,13 @@ One ``training_step`` is one batch; ``global_step`` counts optimiser steps.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from nemo_rba.algorithms.advantage import estimate
 from nemo_rba.algorithms.controllers import WarmupDecay
 from nemo_rba.algorithms.rollout import TeacherRollouts, collate, prompt_index
 from nemo_rba.distributed.parallel import data_parallel_mean, data_parallel_sum
@@ -78,7 +80,10 @@ class RBAAlignment(LightningModule):
         rollouts = self.source(self.policy, batch, seed=self.seed * SEEDS_PER_RUN + self.num_batches)
         rewards, parts = self.reward.score(rollouts)
         index = prompt_index(rollouts)
-        advantages = self.advantage(rewards, index) if self.objective.needs_advantages else torch.zeros_like(rewards)
+        advantages = torch.zeros_like(rewards)
+        if self.objective.needs_advantages:
+            greedy = partial(self._greedy_rewards, batch)
+            advantages = estimate(self.advantage, rewards, index, parts=parts, greedy=greedy)
         steps = []
         for minibatch in collate(
             batch, rollouts, advantages, policy=self.policy, objective=self.objective, teacher=self._teacher[0],
@@ -87,6 +92,11 @@ class RBAAlignment(LightningModule):
             steps.append(self.policy.forward_backward(minibatch, self.objective) | take_step())
         self.num_batches += 1
         return _mean(steps) | data_parallel_mean(describe(rollouts, rewards, parts, index))
+
+    def _greedy_rewards(self, batch: SpeechBatch) -> Tensor:
+        """Reward of the student's greedy answer to each prompt (B,), for estimators that compare with it."""
+        params = SamplingParams(max_new_tokens=self.source.max_new_tokens, temperature=0.0)
+        return self.reward.score(self.policy.generate(batch, group_size=1, params=params))[0]
 
     # ---- Lightning -------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,9 @@
 
 All have one face: ``value`` is the number in force, ``update(kl)`` is called once after every optimiser step with the
 KL measured there and returns the next value, ``state_dict`` / ``load_state_dict`` make a resumed run the uninterrupted
-one. Which KL: ``kl/reference`` for ``AdaptiveKL``, ``kl/old`` for ``KLAdaptiveLR``; ``WarmupDecay`` ignores it.
+one. Which KL: ``kl/reference`` for ``AdaptiveKL``, ``kl/old`` for ``KLAdaptiveLR``; ``WarmupDecay`` ignores it. None
+says that this step had nothing to measure, and changes neither coefficient nor learning rate: before the first step on
+a batch of rollouts, ``kl/old`` is 0 by construction.
 """
 
 import math
@@ -30,7 +32,9 @@ class AdaptiveKL:
         self.target = target
         self.horizon_steps = horizon_steps
 
-    def update(self, kl: float) -> float:
+    def update(self, kl: float | None) -> float:
+        if kl is None:
+            return self.value
         error = min(max(_finite(kl) / self.target - 1, -MAX_PROPORTIONAL_ERROR), MAX_PROPORTIONAL_ERROR)
         self.value *= 1 + error / self.horizon_steps
         return self.value
@@ -65,7 +69,9 @@ class KLAdaptiveLR:
         self.factor = factor
         self.minimum, self.maximum = minimum, maximum
 
-    def update(self, kl: float) -> float:
+    def update(self, kl: float | None) -> float:
+        if kl is None:
+            return self.value
         if _finite(kl) > 2 * self.target:
             self.value = max(self.value / self.factor, self.minimum)
         elif kl < self.target / 2:
@@ -111,7 +117,7 @@ class WarmupDecay:
         remaining = 1 - progress if self.shape == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return self.floor + (self.peak - self.floor) * remaining
 
-    def update(self, kl: float) -> float:
+    def update(self, kl: float | None) -> float:
         self.step += 1
         return self.value
 

@@ -1,6 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses that see log-probabilities, never a model: (logprobs, batch) -> (loss, metrics).
 
+| loss               | what it needs                       | source                             | file             |
+|--------------------|-------------------------------------|------------------------------------|------------------|
+| ClippedPolicyLoss  | own answers, advantages, or teacher | PPO, GRPO, DAPO, on-policy distil. | here             |
+| DistillationLoss   | the teacher's answers               | 1606.07947                         | here             |
+| ForwardKLLoss      | the teacher's likeliest tokens      | token-level distillation           | here             |
+| ReverseKLLoss      | the same                            | GKD 2306.13649, beta = 1           | here             |
+| GeneralizedJSDLoss | the same                            | GKD 2306.13649                     | here             |
+| ReinforceLoss      | own answers, advantages             | Williams 1992, SCST, RLOO          | policy_losses.py |
+| DualClipLoss       | the same                            | 1912.09729                         | policy_losses.py |
+| GSPOLoss           | the same                            | 2507.18071                         | policy_losses.py |
+| CISPOLoss          | the same                            | 2506.13585                         | policy_losses.py |
+| MinimumRiskLoss    | groups of own answers, advantages   | MRT 1512.02433, MWER 1712.01818    | group_losses.py  |
+| DPOLoss            | the same, and the start model       | 2305.18290, online                 | group_losses.py  |
+
 Deltas from the textbook:
 
 - Every sum, of losses and of metrics, is divided by a count over the *global* batch (``num_loss_tokens`` or
@@ -18,16 +32,21 @@ import math
 import torch
 from torch import Tensor
 
-from nemo_rba.functional import kl_estimate, masked_mean
+from nemo_rba.algorithms.loss_terms import (
+    MAX_LOG_RATIO,
+    MIN_TAIL,
+    PolicyGradientLoss,
+    candidates,
+    check_clip,
+    real,
+    require,
+    tail,
+    token_mean,
+)
 from nemo_rba.types import RolloutBatch
 
-AGGREGATIONS = ("token_mean", "sequence_mean")
-KL_LOSSES = ("k2", "k3")  # not k1: its gradient is 0 in expectation, so it would steer nothing
-MAX_LOG_RATIO = 20.0  # nats; beyond it rho is far outside of any clip, and exp would go to infinity
-MIN_TAIL = 1e-5  # probability below which the bucket of all other tokens is rounding noise of K >= V
 
-
-class ClippedPolicyLoss:
+class ClippedPolicyLoss(PolicyGradientLoss):
     """The loss of RBA: clipped policy gradient with a reward, the teacher's per-token judgement, or both.
 
         A_t  = advantage + dense_weight * clamp(log pi_T - log pi_old - baseline, +-dense_clip)    no gradient
@@ -47,11 +66,9 @@ class ClippedPolicyLoss:
         kl_estimator: "k2" or "k3", see ``functional.kl_estimate``.
         dense_weight: weight of the teacher's judgement; 0 spares the teacher's forward pass.
         dense_clip: bound on the teacher's log-ratio, in nats.
-        aggregation: "token_mean" weighs every token alike, "sequence_mean" every answer.
+        aggregation: "token_mean" weighs every token alike, "sequence_mean" every answer; a number L divides each
+            answer's sum by L (Dr.GRPO), see ``loss_terms.aggregate``.
     """
-
-    needs_advantages = needs_old = True
-    teacher_topk = 0
 
     def __init__(
         self,
@@ -62,61 +79,29 @@ class ClippedPolicyLoss:
         kl_estimator: str,
         dense_weight: float,
         dense_clip: float,
-        aggregation: str,
+        aggregation: str | int,
     ):
-        _require(0 < clip_low <= 1, "clip_low", clip_low, "above 0 and at most 1")
-        _require(clip_high > 0, "clip_high", clip_high, "above 0")
-        _require(kl_coefficient >= 0, "kl_coefficient", kl_coefficient, "0 or more")
-        _require(kl_estimator in KL_LOSSES, "kl_estimator", kl_estimator, f"one of {KL_LOSSES} (k1 steers nothing)")
-        _require(dense_weight >= 0, "dense_weight", dense_weight, "0 or more")
-        _require(dense_clip > 0, "dense_clip", dense_clip, "above 0 nats")
-        _require(aggregation in AGGREGATIONS, "aggregation", aggregation, f"one of {AGGREGATIONS}")
+        check_clip(clip_low, clip_high)
+        super().__init__(
+            kl_coefficient=kl_coefficient, kl_estimator=kl_estimator, dense_weight=dense_weight, dense_clip=dense_clip,
+            aggregation=aggregation,
+        )  # fmt: skip
         self.clip_low, self.clip_high = clip_low, clip_high
-        self.kl_coefficient, self.kl_estimator = kl_coefficient, kl_estimator
-        self.dense_weight, self.dense_clip = dense_weight, dense_clip
-        self.aggregation = aggregation
-        self.needs_reference = kl_coefficient > 0
-        self.needs_teacher = dense_weight > 0
 
-    def __call__(self, logprobs: Tensor, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs = _real(logprobs, batch)
-        old = _real(_given(batch.old_logprobs, "old_logprobs", self), batch)
-        advantages, metrics = self._advantages(old, batch)
-
+    def surrogate(
+        self, logprobs: Tensor, old: Tensor, advantages: Tensor, batch: RolloutBatch
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """See ``PolicyGradientLoss``."""
         ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        policy_loss = self._mean(-torch.minimum(ratio * advantages, clipped * advantages), batch)
-        loss = policy_loss
-        # the minimum takes the clipped branch where the ratio has already moved as far as the advantage wanted
-        stopped = torch.where(advantages > 0, ratio > 1 + self.clip_high, ratio < 1 - self.clip_low) & (advantages != 0)
+        return clipped_surrogate(ratio, advantages, self.clip_low, self.clip_high)
 
-        if self.needs_reference:
-            reference = _real(_given(batch.ref_logprobs, "ref_logprobs", self), batch)
-            kl_loss = self.kl_coefficient * self._mean(kl_estimate(logprobs, reference, self.kl_estimator), batch)
-            loss = loss + kl_loss
-            metrics["loss/kl"] = kl_loss.detach()
-            metrics["kl/reference"] = _token_mean(kl_estimate(logprobs.detach(), reference, "k3"), batch)
 
-        metrics["loss/policy"] = policy_loss.detach()
-        metrics["kl/old"] = _token_mean(kl_estimate(old, logprobs.detach(), "k1"), batch)
-        metrics["health/logprob_error"] = _token_mean((logprobs.detach() - old).abs(), batch)
-        metrics["clip_fraction"] = _token_mean(stopped.float(), batch)
-        metrics["entropy"] = _token_mean(-logprobs.detach(), batch)
-        return loss, metrics
-
-    def _advantages(self, old: Tensor, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        advantages = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
-        advantages = _real(advantages.expand_as(old), batch)
-        if not self.needs_teacher:
-            return advantages, {}
-        logratio = _real(_given(batch.teacher_logprobs, "teacher_logprobs", self), batch) - old
-        dense = self.dense_weight * (logratio - batch.teacher_baseline).clamp(-self.dense_clip, self.dense_clip)
-        return advantages + dense, {"teacher/logratio": _token_mean(logratio, batch)}
-
-    def _mean(self, values: Tensor, batch: RolloutBatch) -> Tensor:
-        if self.aggregation == "token_mean":
-            return _token_mean(values, batch)
-        return masked_mean(values, batch.response_mask, dim=1).sum() / batch.num_loss_rollouts
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A) of every token, and where its gradient has stopped: (N, T) each."""
+    clipped = ratio.clamp(1 - low, 1 + high)
+    # the minimum takes the clipped branch where the ratio has already moved as far as the advantage wanted
+    stopped = torch.where(advantages > 0, ratio > 1 + high, ratio < 1 - low) & (advantages != 0)
+    return -torch.minimum(ratio * advantages, clipped * advantages), stopped
 
 
 class DistillationLoss:
@@ -129,7 +114,7 @@ class DistillationLoss:
     teacher_topk = 0
 
     def __call__(self, logprobs: Tensor, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = _token_mean(-_real(logprobs, batch), batch)
+        loss = token_mean(-real(logprobs, batch), batch)
         return loss, {"loss/distillation": loss.detach()}
 
 
@@ -143,15 +128,15 @@ class ForwardKLLoss:
     needs_advantages = needs_old = needs_reference = needs_teacher = False
 
     def __init__(self, *, teacher_topk: int):
-        _require(teacher_topk >= 1, "teacher_topk", teacher_topk, "1 or more")
+        require(teacher_topk >= 1, "teacher_topk", teacher_topk, "1 or more")
         self.teacher_topk = teacher_topk
 
     def __call__(self, logprobs: Tensor, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        student, teacher = _candidates(logprobs, batch, self)
-        student_tail, teacher_tail = _tail(student), _tail(teacher)
+        student, teacher = candidates(logprobs, batch, self)
+        student_tail, teacher_tail = tail(student), tail(teacher)
         head = (teacher.exp() * (teacher - student)).sum(-1)
-        tail = teacher_tail * (teacher_tail.log() - student_tail.log())
-        loss = _token_mean(head + torch.where(teacher_tail > MIN_TAIL, tail, 0.0), batch)
+        rest = teacher_tail * (teacher_tail.log() - student_tail.log())
+        loss = token_mean(head + torch.where(teacher_tail > MIN_TAIL, rest, 0.0), batch)
         return loss, {"loss/forward_kl": loss.detach()}
 
 
@@ -165,51 +150,51 @@ class ReverseKLLoss:
     needs_advantages = needs_old = needs_reference = needs_teacher = False
 
     def __init__(self, *, teacher_topk: int):
-        _require(teacher_topk >= 1, "teacher_topk", teacher_topk, "1 or more")
+        require(teacher_topk >= 1, "teacher_topk", teacher_topk, "1 or more")
         self.teacher_topk = teacher_topk
 
     def __call__(self, logprobs: Tensor, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        student, teacher = _candidates(logprobs, batch, self)
-        student_tail, teacher_tail = _tail(student), _tail(teacher)
+        student, teacher = candidates(logprobs, batch, self)
+        student_tail, teacher_tail = tail(student), tail(teacher)
         head = (student.exp() * (student - teacher)).sum(-1)
-        tail = student_tail * (student_tail.log() - teacher_tail.log())
-        loss = _token_mean(head + torch.where(student_tail > MIN_TAIL, tail, 0.0), batch)
+        rest = student_tail * (student_tail.log() - teacher_tail.log())
+        loss = token_mean(head + torch.where(student_tail > MIN_TAIL, rest, 0.0), batch)
         return loss, {"loss/reverse_kl": loss.detach()}
 
 
-def _candidates(logprobs: Tensor, batch: RolloutBatch, objective: object) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's log-probabilities (N, T, K) at the teacher's candidates, safe where padded."""
-    teacher = _given(batch.teacher_topk_logprobs, "teacher_topk_logprobs", objective)
-    if logprobs.shape != teacher.shape:
-        raise ValueError(
-            f"{type(objective).__name__} got the student's log-probabilities as {tuple(logprobs.shape)}, expected "
-            f"{tuple(teacher.shape)} = (N, T, K), one for each of the teacher's candidates in batch.teacher_topk_ids"
-        )
-    padding = -math.log(2 * teacher.shape[-1])  # head and tail of one half each: every log below is finite
-    mask = batch.response_mask.unsqueeze(-1)
-    return torch.where(mask, logprobs, padding), torch.where(mask, teacher, padding)
+class GeneralizedJSDLoss:
+    """Generalised Jensen-Shannon divergence of teacher P and student Q, mean over tokens (GKD 2306.13649).
 
+        M    = beta P + (1 - beta) Q
+        loss = beta KL(P || M) + (1 - beta) KL(Q || M)
 
-def _tail(logprobs: Tensor) -> Tensor:
-    """Probability of everything outside of the K candidates, at least ``MIN_TAIL``: (N, T, K) -> (N, T)."""
-    return (-logprobs.logsumexp(-1).expm1()).clamp(min=MIN_TAIL)
+    Between the forward KL (loss / beta as beta goes to 0) and the reverse KL (loss / (1 - beta) as it goes to 1), and
+    bounded, unlike both. Candidates and tail as in ``ForwardKLLoss``. GKD's fraction of own answers is the choice of
+    ``rollouts``.
 
+    Args:
+        beta: weight of the teacher in the mixture, between 0 and 1, without them (0.5 is the symmetric one).
+        teacher_topk: K, how many of the teacher's likeliest tokens.
 
-def _real(values: Tensor, batch: RolloutBatch) -> Tensor:
-    return torch.where(batch.response_mask, values, 0.0)
+    Raises:
+        ValueError: a setting is out of range; logprobs are not (N, T, K).
+    """
 
+    needs_advantages = needs_old = needs_reference = needs_teacher = False
 
-def _token_mean(values: Tensor, batch: RolloutBatch) -> Tensor:
-    """This microbatch's share of the mean over all tokens of the global batch."""
-    return _real(values, batch).sum() / batch.num_loss_tokens
+    def __init__(self, *, beta: float, teacher_topk: int):
+        require(0 < beta < 1, "beta", beta, "between 0 (use ForwardKLLoss) and 1 (use ReverseKLLoss), without them")
+        require(teacher_topk >= 1, "teacher_topk", teacher_topk, "1 or more")
+        self.beta, self.teacher_topk = beta, teacher_topk
 
-
-def _given(values: Tensor | None, name: str, objective: object) -> Tensor:
-    if values is None:
-        raise ValueError(f"{type(objective).__name__} needs batch.{name}, got None: see its needs_* fields")
-    return values
-
-
-def _require(condition: bool, key: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{key} must be {expected}, got {value!r}: change objective.{key}")
+    def __call__(self, logprobs: Tensor, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        student, teacher = candidates(logprobs, batch, self)
+        student_tail, teacher_tail = tail(student), tail(teacher)
+        mixture = torch.logaddexp(teacher + math.log(self.beta), student + math.log1p(-self.beta))
+        mixture_tail = (self.beta * teacher_tail + (1 - self.beta) * student_tail).log()
+        values = 0.0
+        for weight, part, rest in ((self.beta, teacher, teacher_tail), (1 - self.beta, student, student_tail)):
+            head = (part.exp() * (part - mixture)).sum(-1)
+            values = values + weight * (head + torch.where(rest > MIN_TAIL, rest * (rest.log() - mixture_tail), 0.0))
+        loss = token_mean(values, batch)
+        return loss, {"loss/jsd": loss.detach()}

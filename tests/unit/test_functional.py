@@ -64,3 +64,21 @@ def test_pad_sequences():
     assert candidates.shape == (2, 3, 4)
     with pytest.raises(ValueError, match="empty"):
         functional.pad_sequences([], pad_value=0)
+
+
+def test_group_maxima_softmax_and_shares():
+    values = torch.tensor([1.0, 6.0, 6.0, 4.0, 7.0, 4.0])
+    index = torch.tensor([5, 5, 5, 0, 9, 0])  # in any order, with gaps
+    assert functional.group_max(values, index).tolist() == [6.0, 6.0, 6.0, 4.0, 7.0, 4.0]
+    assert functional.group_argmax(values, index).tolist() == [3, 1, 4], "groups 0, 5 and 9; the first among equals"
+    logits = torch.tensor([0.0, math.log(3), math.log(4), 900.0, -5.0, 900.0])
+    expected = torch.tensor([1 / 8, 3 / 8, 4 / 8, 0.5, 1.0, 0.5])
+    torch.testing.assert_close(functional.group_softmax(logits, index), expected)
+    flags = torch.tensor([True, True, False, True, False, True])
+    assert functional.group_share(flags, index).item() == pytest.approx(1 / 3)
+
+
+def test_group_softmax_has_the_gradient_of_softmax():
+    logits = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    index = torch.zeros(3, dtype=torch.int64)
+    assert torch.autograd.gradcheck(lambda values: functional.group_softmax(values, index), logits)

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from nemo_rba.algorithms.advantage import LeaveOneOut, NoAdvantage
+from nemo_rba.algorithms.advantage import GreedyBaseline, LeaveOneOut, NoAdvantage, PerRewardNormalized
 from nemo_rba.algorithms.alignment import RBAAlignment
 from nemo_rba.algorithms.controllers import WarmupDecay
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss, ForwardKLLoss
@@ -186,3 +186,12 @@ def test_setup_refuses_what_cannot_learn():
         make(clipped(dense=1.0))
     with pytest.raises(ValueError, match="makes all 4 answers of a group equal"):
         PolicyRollouts(group_size=4, max_new_tokens=2, temperature=0.0, top_p=1.0)
+
+
+@pytest.mark.parametrize(
+    "advantage", [GreedyBaseline(), PerRewardNormalized(weights={"yes": 1.0}, epsilon=1e-4, batch_normalize=True)]
+)
+def test_estimators_get_what_they_ask_for(advantage):
+    module, step = make(clipped(), advantage=advantage)
+    history = [module.align(speech_batch(), step) for _ in range(40)]
+    assert sum(step["reward/mean"] for step in history[-5:]) / 5 > 0.85

@@ -34,6 +34,15 @@ def test_warmup_decay_by_hand():
     assert values == pytest.approx([(1 + math.cos(math.pi * s / 4)) / 2 for s in range(5)])
 
 
+def test_a_step_without_a_measured_kl_changes_neither_coefficient_nor_rate():
+    coefficient = AdaptiveKL(coefficient=0.1, target=1.0, horizon_steps=10)
+    rate = KLAdaptiveLR(learning_rate=1e-5, target=0.01, factor=1.5, minimum=1e-7, maximum=1e-3)
+    assert (coefficient.update(None), rate.update(None)) == (0.1, 1e-5)
+    assert rate.update(0.0) == pytest.approx(1.5e-5), "a measured 0 is a reason to go faster"
+    linear = WarmupDecay(peak=1.0, floor=0.0, warmup_steps=0, total_steps=4, shape="linear")
+    assert [linear.update(None), linear.update(None)] == [0.75, 0.5]
+
+
 @pytest.mark.parametrize(
     "make",
     [

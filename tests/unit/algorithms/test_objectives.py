@@ -4,10 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from loss_cases import make_batch, one_token, random_case, rows
 
-from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss, ForwardKLLoss, ReverseKLLoss
-from nemo_rba.types import RolloutBatch, SpeechBatch
+from nemo_rba.algorithms.group_losses import DPOLoss, MinimumRiskLoss
+from nemo_rba.algorithms.objectives import (
+    ClippedPolicyLoss,
+    DistillationLoss,
+    ForwardKLLoss,
+    GeneralizedJSDLoss,
+    ReverseKLLoss,
+)
+from nemo_rba.algorithms.policy_losses import CISPOLoss, DualClipLoss, GSPOLoss, ReinforceLoss
 
 SETTINGS = {
     "clip_low": 0.2,
@@ -18,58 +25,11 @@ SETTINGS = {
     "dense_clip": 5.0,
     "aggregation": "token_mean",
 }
-NO_PROMPTS = SpeechBatch(
-    instructions=(),
-    audio=torch.zeros(0, 0),
-    audio_lens=torch.zeros(0),
-    prompt_ids=torch.zeros(0, 0),
-    prompt_lens=torch.zeros(0),
-    response_ids=torch.zeros(0, 0),
-    response_lens=torch.zeros(0),
-)
+COMMON = {name: value for name, value in SETTINGS.items() if not name.startswith("clip")}
 
 
 def policy_loss(**changes) -> ClippedPolicyLoss:
     return ClippedPolicyLoss(**(SETTINGS | changes))
-
-
-def make_batch(mask: Tensor, **fields) -> RolloutBatch:
-    return RolloutBatch(
-        **{
-            "prompts": NO_PROMPTS,
-            "prompt_index": torch.arange(len(mask)),
-            "response_ids": torch.zeros(mask.shape, dtype=torch.int64),
-            "response_mask": mask,
-            "advantages": torch.ones(len(mask)),
-            "num_loss_tokens": int(mask.sum()),
-            "num_loss_rollouts": len(mask),
-        }
-        | fields
-    )
-
-
-def one_token(logprob: float, **fields) -> tuple[Tensor, RolloutBatch]:
-    return torch.tensor([[logprob]], requires_grad=True), make_batch(torch.ones(1, 1, dtype=torch.bool), **fields)
-
-
-def random_case(num: int = 8, length: int = 6, candidates: int = 5) -> tuple[Tensor, Tensor, RolloutBatch]:
-    """Log-probabilities (N, T) and (N, T, K), and a batch with everything in it."""
-    torch.manual_seed(0)
-    mask = torch.arange(length) < torch.tensor([6, 1, 3, 2, 5, 4, 6, 2])[:num, None]
-    batch = make_batch(
-        mask,
-        advantages=torch.randn(num),
-        old_logprobs=-torch.rand(num, length),
-        ref_logprobs=-torch.rand(num, length),
-        teacher_logprobs=-torch.rand(num, length),
-        teacher_topk_logprobs=torch.randn(num, length, candidates + 1).log_softmax(-1)[..., :-1],
-    )
-    return -torch.rand(num, length), torch.randn(num, length, candidates + 1).log_softmax(-1)[..., :-1], batch
-
-
-def rows(batch: RolloutBatch, start: int, stop: int) -> RolloutBatch:
-    tensors = {name: getattr(batch, name) for name in RolloutBatch.__slots__}
-    return replace(batch, **{name: value[start:stop] for name, value in tensors.items() if torch.is_tensor(value)})
 
 
 ALL = [
@@ -78,6 +38,14 @@ ALL = [
     DistillationLoss(),
     ForwardKLLoss(teacher_topk=5),
     ReverseKLLoss(teacher_topk=5),
+    policy_loss(kl_coefficient=0.1, aggregation=6),
+    GeneralizedJSDLoss(beta=0.3, teacher_topk=5),
+    ReinforceLoss(**(COMMON | {"kl_coefficient": 0.1})),
+    DualClipLoss(clip_low=0.2, clip_high=0.28, dual_clip=1.3, **(COMMON | {"dense_weight": 0.5})),
+    GSPOLoss(clip_low=0.2, clip_high=0.2, kl_coefficient=0.1, kl_estimator="k2"),
+    CISPOLoss(ratio_max=1.1, **(COMMON | {"aggregation": "sequence_mean"})),
+    MinimumRiskLoss(sharpness=0.5, kl_coefficient=0.1, kl_estimator="k3"),
+    DPOLoss(beta=0.5, label_smoothing=0.1),
 ]
 
 
@@ -89,7 +57,8 @@ def test_microbatches_add_up_exactly(objective):
     loss, metrics = objective(whole, batch)
     loss.backward()
     split = logprobs.clone().requires_grad_()
-    parts = [objective(split[i : i + 1], rows(batch, i, i + 1)) for i in range(len(batch))]
+    step = 2 if isinstance(objective, MinimumRiskLoss | DPOLoss) else 1  # whole groups, as policy.py gives them
+    parts = [objective(split[i : i + step], rows(batch, i, i + step)) for i in range(0, len(batch), step)]
     sum(part for part, _ in parts).backward()
     torch.testing.assert_close(sum(part for part, _ in parts), loss)
     torch.testing.assert_close(split.grad, whole.grad)
@@ -186,6 +155,7 @@ def test_per_token_advantages_and_aggregation():
     batch = make_batch(mask, advantages=advantages, old_logprobs=torch.zeros(2, 3))
     assert policy_loss()(torch.zeros(2, 3), batch)[0].item() == pytest.approx(-11 / 4)
     assert policy_loss(aggregation="sequence_mean")(torch.zeros(2, 3), batch)[0].item() == pytest.approx(-(2 + 5) / 2)
+    assert policy_loss(aggregation=10)(torch.zeros(2, 3), batch)[0].item() == pytest.approx(-0.55), "(6 + 5) / 10 / 2"
 
 
 def test_expected_dense_gradient_is_that_of_exact_reverse_kl():
@@ -246,6 +216,33 @@ def test_kl_with_a_tail_by_hand(objective):
     torch.testing.assert_close(loss, (p * (p / q).log()).sum())
 
 
+@pytest.mark.parametrize(
+    ("beta", "expected"),
+    # teacher .7 .2 .1, student .5 .2 .3, the last one the tail; M is .6 .2 .2 for beta .5, and .52 .2 .28 for beta .1
+    [(0.5, 0.5 * 0.0385908 + 0.5 * 0.0304788), (0.1, 0.1 * 0.1051142 + 0.9 * 0.0010875)],
+)
+def test_generalized_jsd_with_a_tail_by_hand(beta, expected):
+    batch = make_batch(
+        torch.ones(1, 1, dtype=torch.bool), teacher_topk_logprobs=torch.tensor([0.7, 0.2]).log().view(1, 1, 2)
+    )
+    loss, metrics = GeneralizedJSDLoss(beta=beta, teacher_topk=2)(torch.tensor([0.5, 0.2]).log().view(1, 1, 2), batch)
+    assert loss.item() == pytest.approx(expected, abs=2e-7)
+    assert metrics["loss/jsd"] == loss
+
+
+def test_generalized_jsd_lies_between_the_two_kls_and_is_bounded():
+    _, candidates, batch = random_case()
+    for small, objective in ((1e-3, ForwardKLLoss(teacher_topk=5)), (1 - 1e-3, ReverseKLLoss(teacher_topk=5))):
+        limit = GeneralizedJSDLoss(beta=small, teacher_topk=5)(candidates.double(), batch)[0] / 1e-3
+        assert limit.item() == pytest.approx(objective(candidates.double(), batch)[0].item(), rel=0.02)
+    disjoint = make_batch(torch.ones(1, 1, dtype=torch.bool), teacher_topk_logprobs=torch.tensor([[[0.0, -90.0]]]))
+    loss, _ = GeneralizedJSDLoss(beta=0.5, teacher_topk=2)(torch.tensor([[[-90.0, 0.0]]]), disjoint)
+    assert loss.item() == pytest.approx(0.6931472), "log 2: nothing in common"
+    for beta in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"objective\.beta"):
+            GeneralizedJSDLoss(beta=beta, teacher_topk=2)
+
+
 def test_reverse_kl_stays_finite_when_the_teacher_has_no_tail():
     batch = make_batch(torch.ones(1, 1, dtype=torch.bool), teacher_topk_logprobs=torch.tensor([[[0.0, -60.0]]]))
     logprobs = torch.tensor([[[0.1, 0.1]]]).log().requires_grad_()
@@ -274,6 +271,8 @@ def test_needs_follow_the_settings():
         ("dense_weight", -0.1),
         ("dense_clip", 0),
         ("aggregation", "mean"),
+        ("aggregation", 0),
+        ("aggregation", True),
     ],
 )
 def test_bad_settings_name_the_key(key, value):
