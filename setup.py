@@ -28,6 +28,8 @@ def readme() -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
+SYNTHESIS_FILTERS = ["py3langid", "datasketch"]  # for LanguageFilter and NearDuplicateFilter
+
 setup(
     name="nemo_rba",
     version=version(),
@@ -58,5 +60,8 @@ setup(
         "tqdm",
         "matplotlib",
     ],
-    extras_require={"test": ["pytest", "ruff"]},
+    extras_require={
+        "filters": SYNTHESIS_FILTERS,
+        "test": ["pytest", "ruff", *SYNTHESIS_FILTERS],
+    },
 )

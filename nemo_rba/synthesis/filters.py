@@ -2,7 +2,13 @@
 """Filters: an instruction is kept, or dropped for a reason that is counted.
 
 A filter has a ``name`` and ``reason(instruction) -> str | None`` (None = keep). Reasons name the rule and not the
-item, so that their counts mean something. Most filters look at the text, ``ResponseFilter`` at the answer.
+item, so that their counts mean something. Most filters look at the text, ``ResponseFilter`` at the answer. A filter
+that is faster over many items offers ``reasons(instructions)`` too. A filter that remembers (duplicates) is resumed by
+being shown the same items again in the same order, which ``instructions.TextStage`` does from the batches it has kept.
+
+Here are the filters that look at one text by itself, and ``apply_filters``. Others: ``filters_content.py`` (markup,
+language, refusals), ``filters_quality.py`` (rewards, teacher's score), ``deduplicate.py`` (near duplicates,
+contamination).
 """
 
 import re
@@ -151,18 +157,29 @@ def apply_filters(
 ) -> tuple[list[Instruction], Counter, list[tuple[Instruction, str]]]:
     """Pass each instruction through the filters until one drops it.
 
+    Filter by filter, not item by item, so that one with ``reasons(instructions) -> list[str | None]`` gets its batch at
+    once; each filter still sees what the ones before it kept, in order.
+
     Returns:
         The kept ones in order, the counts by ``"<filter name>: <reason>"``, and the dropped ones with their reasons.
     """
-    kept, counts, dropped = [], Counter(), []
-    for instruction in instructions:
-        reason = first_reason(instruction, filters)
-        if reason is None:
-            kept.append(instruction)
-        else:
-            counts[reason] += 1
-            dropped.append((instruction, reason))
-    return kept, counts, dropped
+    instructions = list(instructions)
+    verdicts: dict[int, str] = {}  # place -> why it is dropped
+    places = list(range(len(instructions)))
+    for candidate in filters:
+        reasons = _reasons(candidate, [instructions[place] for place in places])
+        verdicts |= {p: f"{candidate.name}: {r}" for p, r in zip(places, reasons, strict=True) if r is not None}
+        places = [place for place in places if place not in verdicts]
+    dropped = [(instructions[place], verdicts[place]) for place in sorted(verdicts)]
+    return [instructions[place] for place in places], Counter(reason for _, reason in dropped), dropped
+
+
+def _reasons(candidate: Filter, instructions: Sequence[Instruction]) -> list[str | None]:
+    """One reason or None for each, all at once where the filter can."""
+    if not instructions:
+        return []
+    at_once = getattr(candidate, "reasons", None)
+    return at_once(instructions) if at_once else [candidate.reason(instruction) for instruction in instructions]
 
 
 def first_reason(instruction: Instruction, filters: Sequence[Filter]) -> str | None:

@@ -94,3 +94,27 @@ def test_apply_filters_counts_the_first_reason():
     assert counts == {"domain: refused": 2, "length: more than 2 words": 1, "duplicate: seen before": 1}
     assert [(item.text, reason) for item, reason in dropped][1] == ("a big cat", "length: more than 2 words")
     assert len(kept) + len(dropped) == len(texts)
+
+
+def test_a_filter_may_see_its_batch_at_once():
+    class Longest:
+        name = "longest"
+
+        def __init__(self):
+            self.seen = []
+
+        def reasons(self, instructions):
+            self.seen.append([item.text for item in instructions])
+            longest = max(len(item.text) for item in instructions)
+            return ["is the longest" if len(item.text) == longest else None for item in instructions]
+
+    batch, duplicates = Longest(), DuplicateFilter()
+    items = [instruction(text) for text in ["aaa", "aaa", "bb", "cccc", "BB", "d"]]
+    kept, counts, dropped = apply_filters(items, [DuplicateFilter(), batch, duplicates])
+    assert batch.seen == [["aaa", "bb", "cccc", "d"]]
+    assert [item.text for item in kept] == ["aaa", "bb", "d"]
+    assert counts == {"duplicate: seen before": 2, "longest: is the longest": 1}
+    assert [item.text for item, _ in dropped] == ["aaa", "cccc", "BB"]  # in the order of the items
+    assert duplicates.reason(instruction("cccc")) is None  # was never shown it
+    assert apply_filters([], [batch]) == ([], {}, [])
+    assert len(batch.seen) == 1

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filters that score an answer: by the teacher's own probability of it, or by any reward.
+
+A score costs a pass of a model and need not come out the same twice (another GPU, another batch), while a resumed run
+must drop what the first one dropped. So scores can be kept in a file, ``memory``, and are looked up there first.
+Filters that hold a model are copied without it, as ``SelfSynthesis`` copies its filters for every run.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from nemo_rba.functional import typed
+from nemo_rba.protocols import LikelihoodTeacher, RewardFunction
+from nemo_rba.types import Instruction, Rollout
+
+Encode = Callable[[str], Sequence[int]]
+
+
+class TeacherScoreFilter:
+    """Drops answers whose mean log-probability a token under the teacher is below ``minimum``.
+
+    Perplexity as a measure of data quality: arXiv 2309.04564 (pruning for pretraining), 2308.12032 (instructions). A
+    teacher's own answers score high; what this finds are tails of hot sampling and, with a judge other than the writer,
+    answers that the judge would not give. An empty answer scores minus infinity.
+
+    Args:
+        teacher: who judges; needs likelihoods, which hosted teachers do not offer.
+        minimum: lowest mean log-probability to keep, in nats, below 0, e.g. -2.
+        encode: answer -> ids of the teacher's tokens with the end of turn; None = ``teacher.encode_response``.
+        memory: JSONL file that keeps the scores, in the data set's own folder; "" = none.
+    """
+
+    name = "teacher score"
+
+    def __init__(self, *, teacher: LikelihoodTeacher, minimum: float, encode: Encode | None = None, memory: str = ""):
+        if not -math.inf < minimum < 0:
+            raise ValueError(f"TeacherScoreFilter: minimum={minimum}; expected a finite number of nats below 0")
+        encode = getattr(teacher, "encode_response", None) if encode is None else encode
+        if encode is None or not hasattr(teacher, "logprobs"):
+            raise ValueError(f"TeacherScoreFilter: teacher={type(teacher).__name__} has no "
+                             f"{'encode_response, and encode=None' if hasattr(teacher, 'logprobs') else 'logprobs'}; "
+                             "expected a teacher that judges (HFTeacher), and a way to encode answers")  # fmt: skip
+        self._teacher, self._minimum, self._encode, self._memory = teacher, minimum, encode, memory
+        self._scores = ScoreMemory(memory)
+
+    def __deepcopy__(self, memo: dict) -> "TeacherScoreFilter":
+        """A new filter with the same teacher, whose weights must not be copied."""
+        return TeacherScoreFilter(teacher=self._teacher, minimum=self._minimum, encode=self._encode,
+                                  memory=self._memory)  # fmt: skip
+
+    def reason(self, instruction: Instruction) -> str | None:
+        """See ``Filter``."""
+        return self.reasons([instruction])[0]
+
+    def reasons(self, instructions: Sequence[Instruction]) -> list[str | None]:
+        """``reason`` of each, in one call of the teacher."""
+        scores = self._scores.look_up(instructions, self._score)
+        return [None if score >= self._minimum else f"below {self._minimum:g} nats a token" for score in scores]
+
+    def _score(self, instructions: Sequence[Instruction]) -> list[float]:
+        scores = [-math.inf] * len(instructions)
+        answered = [n for n, instruction in enumerate(instructions) if instruction.response.strip()]
+        prompts = [
+            self._teacher.render([{"role": "user", "content": typed(instructions[n])}], open_turn="assistant")
+            for n in answered
+        ]
+        ids = [torch.tensor(list(self._encode(instructions[n].response)), dtype=torch.int64) for n in answered]
+        logprobs = self._teacher.logprobs(prompts, ids) if answered else []
+        for n, tokens in zip(answered, logprobs, strict=True):
+            scores[n] = float(tokens.float().mean())
+        return scores
+
+
+class RewardFilter:
+    """Drops answers that a reward model, or any ``protocols.RewardFunction``, scores below ``minimum``.
+
+    Magpie (arXiv 2406.08464, section 3) keeps what a reward model likes in this way.
+
+    Args:
+        reward: scores rollouts; sees instruction and answer, and token ids only with ``encode``.
+        minimum: lowest score to keep, on the reward's own scale.
+        encode: answer -> token ids, for rewards that look at tokens; None gives them none.
+        memory: JSONL file that keeps the scores, in the data set's own folder; "" = none.
+    """
+
+    name = "reward"
+
+    def __init__(self, *, reward: RewardFunction, minimum: float, encode: Encode | None = None, memory: str = ""):
+        if not math.isfinite(minimum):
+            raise ValueError(f"RewardFilter: minimum={minimum}; expected a finite number")
+        self._reward, self._minimum, self._encode, self._memory = reward, minimum, encode, memory
+        self._scores = ScoreMemory(memory)
+
+    def __deepcopy__(self, memo: dict) -> "RewardFilter":
+        """A new filter with the same reward, whose weights must not be copied."""
+        return RewardFilter(reward=self._reward, minimum=self._minimum, encode=self._encode, memory=self._memory)
+
+    def reason(self, instruction: Instruction) -> str | None:
+        """See ``Filter``."""
+        return self.reasons([instruction])[0]
+
+    def reasons(self, instructions: Sequence[Instruction]) -> list[str | None]:
+        """``reason`` of each, in one call of the reward."""
+        scores = self._scores.look_up(instructions, self._score)
+        return [None if score >= self._minimum else f"below {self._minimum:g}" for score in scores]
+
+    def _score(self, instructions: Sequence[Instruction]) -> list[float]:
+        encode = self._encode or (lambda _: ())
+        rollouts = [
+            Rollout(
+                prompt_index=row,
+                instruction=instruction,
+                response=instruction.response,
+                token_ids=torch.tensor(list(encode(instruction.response)), dtype=torch.int64),
+                logprobs=None,
+                truncated=False,
+            )
+            for row, instruction in enumerate(instructions)
+        ]
+        return [float(score) for score in self._reward(rollouts)]
+
+
+class ScoreMemory:
+    """Scores by what was scored, in a JSONL file that grows by whole lines; in no file where ``path`` is "".
+
+    Raises:
+        ValueError: a line in the middle of the file is damaged. A last line that was cut off is dropped.
+    """
+
+    def __init__(self, path: str):
+        self._path = Path(path) if path else None
+        self._scores: dict[str, float] | None = None  # read when first asked
+
+    def look_up(
+        self, instructions: Sequence[Instruction], compute: Callable[[Sequence[Instruction]], list[float]]
+    ) -> list[float]:
+        """The score of each: from the file where it is known, else from ``compute``, once for each different item."""
+        if self._scores is None:
+            self._scores = self._read()
+        keys = [_fingerprint(instruction) for instruction in instructions]
+        unknown = {key: item for key, item in zip(keys, instructions, strict=True) if key not in self._scores}
+        if unknown:
+            computed = compute(list(unknown.values()))
+            for item, score in zip(unknown.values(), computed, strict=True):
+                if math.isnan(score):
+                    raise ValueError(f"the score of {item.text[:60]!r} is nan; expected a number: check the judge")
+            found = dict(zip(unknown, computed, strict=True))
+            self._write(found)
+            self._scores |= found
+        return [self._scores[key] for key in keys]
+
+    def _read(self) -> dict[str, float]:
+        if self._path is None or not self._path.exists():
+            return {}
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:  # killed while writing: the next line must not be glued to half of this one
+            with open(self._path, "r+b") as file:
+                file.truncate(len(whole))
+        scores = {}
+        for number, line in enumerate(whole.decode().splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                scores[row["key"]] = float(row["score"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self._path} line {number} is damaged; delete the file to score again") from error
+        return scores
+
+    def _write(self, scores: dict[str, float]) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"key": key, "score": score}) + "\n" for key, score in scores.items())
+
+
+def _fingerprint(instruction: Instruction) -> str:
+    content = json.dumps([instruction.context, instruction.text, instruction.response])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
