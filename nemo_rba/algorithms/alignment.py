@@ -224,10 +224,20 @@ def check_choices(source: RolloutSource, advantage: AdvantageEstimator, objectiv
     """Refuse at setup what could only fail, or silently learn nothing, at the first batch.
 
     Raises:
-        ValueError: the advantage compares more answers to a prompt than the source gives.
+        ValueError: the advantage or the loss compares more answers to a prompt than the source gives, or the advantage
+            asks for greedy answers of a source that samples none.
     """
-    if objective.needs_advantages and source.group_size < advantage.min_group_size:
+    if not objective.needs_advantages:
+        return
+    for choice in (advantage, objective):
+        least = getattr(choice, "min_group_size", 1)
+        if source.group_size < least:
+            raise ValueError(
+                f"{type(choice).__name__} compares {least} or more answers to the same prompt, but "
+                f"rollouts.group_size is {source.group_size}; raise it, or set advantage=none"
+            )
+    if getattr(advantage, "needs_greedy", False) and not hasattr(source, "max_new_tokens"):
         raise ValueError(
-            f"{type(advantage).__name__} compares {advantage.min_group_size} or more answers to the same prompt, but "
-            f"rollouts.group_size is {source.group_size}; raise it, or set advantage=none"
+            f"{type(advantage).__name__} compares with the student's greedy answer, but {type(source).__name__} lets "
+            "it write none; set rollouts=policy, or another advantage"
         )

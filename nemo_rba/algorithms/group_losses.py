@@ -42,6 +42,7 @@ class MinimumRiskLoss:
     """
 
     needs_advantages = True
+    min_group_size = 2
     needs_old = needs_teacher = False
     teacher_topk = 0
 
@@ -86,6 +87,7 @@ class DPOLoss:
     """
 
     needs_advantages = needs_reference = True
+    min_group_size = 2
     needs_old = needs_teacher = False
     teacher_topk = 0
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from nemo_rba.algorithms.advantage import GreedyBaseline, LeaveOneOut, NoAdvantage, PerRewardNormalized
-from nemo_rba.algorithms.alignment import RBAAlignment
+from nemo_rba.algorithms.alignment import RBAAlignment, check_choices
 from nemo_rba.algorithms.controllers import WarmupDecay
+from nemo_rba.algorithms.group_losses import MinimumRiskLoss
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss, ForwardKLLoss
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts
 from nemo_rba.rewards.mixture import RewardMixture
@@ -195,3 +196,13 @@ def test_estimators_get_what_they_ask_for(advantage):
     module, step = make(clipped(), advantage=advantage)
     history = [module.align(speech_batch(), step) for _ in range(40)]
     assert sum(step["reward/mean"] for step in history[-5:]) / 5 > 0.85
+
+
+def test_what_cannot_be_compared_is_refused_at_setup():
+    risk = MinimumRiskLoss(sharpness=1.0, kl_coefficient=0.0, kl_estimator="k3")
+    one = PolicyRollouts(group_size=1, max_new_tokens=2, temperature=1.0, top_p=1.0)
+    with pytest.raises(ValueError, match=r"MinimumRiskLoss compares 2 or more answers.*group_size is 1"):
+        check_choices(one, NoAdvantage(), risk)
+    with pytest.raises(ValueError, match="GreedyBaseline compares with the student's greedy answer, but TeacherRoll"):
+        check_choices(TeacherRollouts(), GreedyBaseline(), clipped())
+    check_choices(one, GreedyBaseline(), clipped())
