@@ -21,9 +21,10 @@ from lightning.pytorch import Trainer
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from nemo.utils.get_rank import is_global_rank_zero
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf, open_dict
 
 from nemo_rba.algorithms.alignment import RBAAlignment, check_choices
+from nemo_rba.algorithms.controls import Controls, RunStopped
 from nemo_rba.algorithms.metrics_file import MetricsFile
 from nemo_rba.algorithms.policy import FrozenPolicy
 from nemo_rba.algorithms.speech_cache import SpeechCache
@@ -39,11 +40,13 @@ from nemo_rba.evaluation.results import Roles
 from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, Prediction, System, TeacherSystem, run
 from nemo_rba.evaluation.tasks import ItemTask
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
+from nemo_rba.protocols import RolloutSource, Teacher
 
 SYNTHESIS = ("teacher", "synthesis")  # what each stage's result depends on
+OWN = ("kl_controller", "importance")  # optional, and for a loss on own answers
 ALIGNMENT = (
     "model", "teacher", "rollouts", "reward", "advantage", "objective", "policy", "schedule", "num_minibatches", "data",
-    "trainer", "validation", "seed",
+    "trainer", "validation", "seed", *OWN,
 )  # fmt: skip
 PASSES = (("policy", "micro_batch_size"), ("policy", "generation_batch_size"), ("policy", "recompute"))
 EVALUATION = ("model", "teacher", "evaluation", "conditions", "data", "seed", "name")
@@ -52,6 +55,7 @@ PANELS = {
     "Reward": "reward/mean",
     "Dev: gap closed": "val/gap_closed",
     "KL to the start model": "kl/reference",
+    "KL coefficient": "kl/coefficient",
     "Entropy": "entropy",
     "Teacher minus student, log p": "teacher/logratio",
     "Answer length": "rollout/length",
@@ -61,13 +65,16 @@ PANELS = {
 def arms(cfg: DictConfig) -> dict[str, DictConfig]:
     """The config of every arm: the main one, then each baseline, which replaces or amends some keys of it.
 
-    A baseline that the main arm has become by its overrides is not run twice.
+    A baseline that the main arm has become by its overrides is not run twice. ``OWN`` parts are the main arm's alone.
     """
     found = {cfg.arm: cfg}
     for name, changes in cfg.baselines.items():
         if LABELS.get(name, name) == LABELS.get(cfg.arm, cfg.arm):
             continue
         arm = cfg.copy()
+        with open_dict(arm):
+            for key in OWN:
+                arm.pop(key, None)
         for key, change in changes.items():
             arm[key] = change if "_target_" in change else OmegaConf.merge(cfg[key], change)
         found[name] = arm
@@ -87,7 +94,7 @@ def keys(cfg: DictConfig, names: tuple[str, ...]) -> dict:
         plain["data"]["global_batch_size"] = plain["data"].pop("batch_size") * ranks
     for part, key in [("trainer", "devices"), ("trainer", "num_nodes"), *(("model", key) for key in groups), *PASSES]:
         plain.get(part, {}).pop(key, None)
-    return {name: plain[name] for name in names}
+    return {name: plain[name] for name in names if name in plain}
 
 
 def start(cfg: DictConfig) -> None:
@@ -126,13 +133,18 @@ def preflight(cfg: DictConfig) -> None:
         world_size = cfg.trainer.devices * cfg.trainer.num_nodes
         wrong = _complaint(partial(RBASpeechLM.check_salm, cfg.model.folder, world_size=world_size, **layout(cfg)))
     for arm in arms(cfg).values() if not wrong and "baselines" in cfg else ():
-        choices = [partial(instantiate, arm[key]) for key in ("rollouts", "advantage", "objective")]
-        wrong += _complaint(lambda choices=choices: check_choices(*(make() for make in choices)))
-        wrong += _complaint(instantiate, arm.schedule)
+        wrong += _complaint(check_arm, arm)
     if "batch_size" in cfg.data and cfg.num_minibatches > cfg.data.batch_size:
         wrong.append(f"num_minibatches = {cfg.num_minibatches} is more than data.batch_size = {cfg.data.batch_size}")
     if wrong:
         raise SystemExit("nothing was started, because:\n" + "\n".join(f"  - {line}" for line in wrong))
+
+
+def check_arm(cfg: DictConfig) -> None:
+    """Refuse, with a ``ValueError``, choices of an arm that do not go together."""
+    objective, importance = instantiate(cfg.objective), instantiate(cfg.get("importance"))
+    check_choices(rollout_source(cfg, None), instantiate(cfg.advantage), objective, importance)
+    controls(cfg).check(objective, cfg.num_minibatches)
 
 
 def missing(cfg: DictConfig) -> list[str]:
@@ -205,24 +217,41 @@ def loader_builder(cfg: DictConfig, manifest: Path, quarantine: Path, *, train: 
             rank=parallel.data_parallel_rank(),
             world_size=parallel.data_parallel_size(),
             drop_last=train,
+            num_items=cfg.data.get("train_items") if train else None,
         )
 
     return build
+
+
+def rollout_source(cfg: DictConfig, teacher: Teacher | None) -> RolloutSource:
+    """Who answers; a ``_partial_`` source waits for the teacher."""
+    source = instantiate(cfg.rollouts)
+    return source(teacher=teacher) if isinstance(source, partial) else source
+
+
+def controls(cfg: DictConfig) -> Controls:
+    """What steers and watches an arm; a run is watched for numbers that are no numbers whatever the config says."""
+    return Controls(
+        schedule=instantiate(cfg.schedule), kl_controller=instantiate(cfg.get("kl_controller")),
+        watcher=instantiate(cfg.watcher),
+    )  # fmt: skip
 
 
 def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
     """Stages b and c: build the start model, align it, keep it as ``<folder>/<arm>.nemo``."""
     objective = instantiate(cfg.objective)
     judged = objective.needs_teacher or objective.teacher_topk
+    teacher = once_per_model(partial(instantiate, cfg.teacher)) if judged or "_partial_" in cfg.rollouts else None
     module = RBAAlignment(
         build_model=partial(instantiate, cfg.model),
         build_policy=instantiate(cfg.policy),
-        source=instantiate(cfg.rollouts),
+        source=rollout_source(cfg, teacher),
         reward=once_per_model(partial(instantiate, cfg.reward)),
         advantage=instantiate(cfg.advantage),
         objective=objective,
-        teacher=once_per_model(partial(instantiate, cfg.teacher)) if judged else None,
-        schedule=instantiate(cfg.schedule),
+        teacher=teacher if judged else None,
+        controls=controls(cfg),
+        importance=instantiate(cfg.get("importance")),
         build_loader=loader_builder(cfg, data / "train", folder / "quarantine.jsonl", train=True),
         build_validation_loader=loader_builder(cfg, data / "dev", folder / "quarantine.jsonl", train=False),
         validation_params=instantiate(cfg.validation),
@@ -236,7 +265,15 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
     )
     trainer = Trainer(**cfg.trainer, strategy=strategy, callbacks=[MetricsFile(path=folder / "metrics.jsonl")])
     exp_manager(trainer, OmegaConf.create(dict(cfg.exp_manager) | {"exp_dir": str(folder), "name": "lightning"}))
-    trainer.fit(module)
+    try:
+        trainer.fit(module)
+    except RunStopped as reason:
+        last = sorted(Path(trainer.checkpoint_callback.dirpath).glob("*-last"))
+        raise SystemExit(
+            f"{arm}: given up at step {trainer.global_step} of {cfg.trainer.max_steps}, because {reason}. The last "
+            f"good checkpoint is {last[-1] if last else 'the start model'}. Change schedule, objective or reward and "
+            "run again; or, if this is no reason to stop, the section watcher"
+        ) from None
     if trainer.global_step < cfg.trainer.max_steps:
         raise SystemExit(f"{arm}: stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; run again to go on")
     best = trainer.checkpoint_callback.best_model_path  # on the dev set, for every arm alike

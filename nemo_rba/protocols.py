@@ -71,6 +71,10 @@ class Policy(Protocol):
     def forward_backward(self, batch: RolloutBatch, objective: "Objective") -> Metrics:
         """Accumulate the objective's gradient over microbatches; returns the objective's metrics, averaged."""
 
+    def encode_response(self, response: str) -> list[int]:
+        """An answer's token ids, with the end of turn."""
+        ...
+
     def step(self, learning_rate: float) -> Metrics:
         """Clip, apply and clear the gradient; returns ``grad_norm`` and ``lr``."""
 

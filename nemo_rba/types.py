@@ -25,6 +25,7 @@ class Instruction:
     text: str  # the words spoken
     response: str  # the teacher's answer; "" before the teacher has answered
     task: str  # the family reported in tables, e.g. "arithmetic", "open"
+    aliases: tuple[str, ...] = ()  # other right answers, where the response is one of few
     context: str = ""  # typed text that stands beside the speech in the prompt, e.g. "Translate into French:"
 
 
@@ -91,7 +92,9 @@ class RolloutBatch:
     advantages: Tensor  # (N,) per answer or (N, T) per token
     num_loss_tokens: int
     num_loss_rollouts: int
-    old_logprobs: Tensor | None = None  # (N, T) under the policy that sampled
+    old_logprobs: Tensor | None = None  # (N, T) under the policy before its first update on these answers
+    sampler_logprobs: Tensor | None = None  # (N, T) as the sampler gave them, where old_logprobs are the trainer's
+    importance_weights: Tensor | None = None  # (N, T) of every token's loss; None = 1
     ref_logprobs: Tensor | None = None  # (N, T) under the start model
     teacher_logprobs: Tensor | None = None  # (N, T) under the teacher, who reads the transcript
     teacher_baseline: float = 0.0  # mean of teacher_logprobs - old_logprobs over the tokens of the global batch

@@ -11,12 +11,14 @@ from omegaconf import OmegaConf
 
 from nemo_rba.algorithms.advantage import LeaveOneOut
 from nemo_rba.algorithms.alignment import RBAAlignment
-from nemo_rba.algorithms.controllers import WarmupDecay
+from nemo_rba.algorithms.controllers import AdaptiveKL, WarmupDecay
+from nemo_rba.algorithms.controls import Controls
 from nemo_rba.algorithms.metrics_file import MetricsFile
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss
 from nemo_rba.algorithms.policy import MegatronPolicy
 from nemo_rba.algorithms.rollout import PolicyRollouts
 from nemo_rba.algorithms.strategy import MegatronStrategy
+from nemo_rba.algorithms.watcher import StopOnCollapse
 from nemo_rba.data.dataset import SpeechInstructionDataset
 from nemo_rba.data.loader import SpeechLoader
 from nemo_rba.distributed import parallel
@@ -91,7 +93,14 @@ def build(
             aggregation="token_mean",
         ),
         teacher=None,
-        schedule=WarmupDecay(peak=3e-3, floor=0.0, warmup_steps=2, total_steps=20, shape="linear"),
+        controls=Controls(
+            schedule=WarmupDecay(peak=3e-3, floor=0.0, warmup_steps=2, total_steps=20, shape="linear"),
+            kl_controller=AdaptiveKL(coefficient=0.1, target=0.01, horizon_steps=5),
+            watcher=StopOnCollapse(
+                min_entropy=1e-6, min_length=None, max_length=None, patience=3, dev_score="val/reward",
+                validation_patience=None,
+            ),
+        ),
         build_loader=partial(loader, shuffle=True, drop_last=True),
         build_validation_loader=partial(loader, shuffle=False, drop_last=False),
         validation_params=SamplingParams(max_new_tokens=8, temperature=0),

@@ -19,6 +19,7 @@ from tiny import domain
 
 from bench.systems import TINY, Load, Times, alternate, batch_of, load_ours, noise_clips, num_parameters
 from nemo_rba.algorithms.alignment import RBAAlignment
+from nemo_rba.algorithms.controls import Controls
 from nemo_rba.algorithms.rollout import PolicyRollouts, collate, select_prompts
 from nemo_rba.modules import generation
 from nemo_rba.modules.attention import PrefixPlan
@@ -175,8 +176,9 @@ def tiny_alignment(cfg: DictConfig, prompts: int) -> tuple[RBAAlignment, Likelih
     module = RBAAlignment(
         build_model=lambda: instantiate(cfg.model), build_policy=instantiate(cfg.policy),
         source=instantiate(cfg.rollouts), reward=instantiate(cfg.reward), advantage=instantiate(cfg.advantage),
-        objective=instantiate(cfg.objective), teacher=teacher, schedule=instantiate(cfg.schedule), build_loader=None,
-        build_validation_loader=None, validation_params=instantiate(cfg.validation),
+        objective=instantiate(cfg.objective), teacher=teacher,
+        controls=Controls(schedule=instantiate(cfg.schedule)), build_loader=None, build_validation_loader=None,
+        validation_params=instantiate(cfg.validation),
         num_minibatches=cfg.num_minibatches, seed=cfg.seed,
     )  # fmt: skip
     module.configure_model()

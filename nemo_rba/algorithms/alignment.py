@@ -22,7 +22,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from nemo_rba.algorithms.advantage import estimate
-from nemo_rba.algorithms.controllers import WarmupDecay
+from nemo_rba.algorithms.controls import Controls
+from nemo_rba.algorithms.importance import Importance
+from nemo_rba.algorithms.loss_terms import PolicyGradientLoss
 from nemo_rba.algorithms.rollout import TeacherRollouts, collate, prompt_index
 from nemo_rba.distributed.parallel import data_parallel_mean, data_parallel_sum
 from nemo_rba.functional import group_is_constant
@@ -42,7 +44,8 @@ class RBAAlignment(LightningModule):
         build_policy: ``build_policy(model=..., keep_start=...)``.
         source, reward, advantage, objective: see ``protocols``.
         teacher: judges tokens; None when the objective does not ask for it.
-        schedule: learning rate of each optimiser step.
+        controls: learning rate, KL coefficient, and who stops a run that has gone wrong.
+        importance: corrects for a sampler that is not the trainer (``importance``); None trusts the sampler.
         build_loader: ``build_loader(prompt=..., sampling_rate=...)`` gives the training batches.
         build_validation_loader: likewise the dev batches.
         validation_params: how the student answers them.
@@ -53,18 +56,21 @@ class RBAAlignment(LightningModule):
     def __init__(
         self, *, build_model: Callable, build_policy: Callable[..., Policy], source: RolloutSource,
         reward: RewardMixture, advantage: AdvantageEstimator, objective: Objective, teacher: LikelihoodTeacher | None,
-        schedule: WarmupDecay, build_loader: Callable, build_validation_loader: Callable,
-        validation_params: SamplingParams, num_minibatches: int, seed: int,
+        controls: Controls, build_loader: Callable, build_validation_loader: Callable,
+        validation_params: SamplingParams, num_minibatches: int, seed: int, importance: Importance | None = None,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
-        check_choices(source, advantage, objective)
+        check_choices(source, advantage, objective, importance)
+        controls.check(objective, num_minibatches)
+        controls.begin(objective)
         if (objective.needs_teacher or objective.teacher_topk) and teacher is None:
             raise ValueError(
                 f"{type(objective).__name__} asks a teacher for log-probabilities; configure such a teacher"
             )
         self.source, self.reward, self.advantage, self.objective = source, reward, advantage, objective
-        self.schedule, self.num_minibatches, self.seed = schedule, num_minibatches, seed
+        self.controls, self.num_minibatches, self.seed = controls, num_minibatches, seed
+        self.importance = importance
         self.validation_params = validation_params
         self._teacher = [teacher]  # in a list, and the policy in another: not modules of ours, not in our checkpoints
         self._policy: list[Policy] = []
@@ -87,9 +93,11 @@ class RBAAlignment(LightningModule):
         steps = []
         for minibatch in collate(
             batch, rollouts, advantages, policy=self.policy, objective=self.objective, teacher=self._teacher[0],
-            num_minibatches=self.num_minibatches,
+            importance=self.importance, num_minibatches=self.num_minibatches,
         ):  # fmt: skip
-            steps.append(self.policy.forward_backward(minibatch, self.objective) | take_step())
+            metrics = self.policy.forward_backward(minibatch, self.objective) | take_step()
+            self.controls.after_step(metrics, self.objective, first=not steps)
+            steps.append(metrics)
         self.num_batches += 1
         return _mean(steps) | data_parallel_mean(describe(rollouts, rewards, parts, index))
 
@@ -115,7 +123,7 @@ class RBAAlignment(LightningModule):
         self._policy.append(build_policy(model=self.model, keep_start=self.objective.needs_reference))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return PolicyOptimizer(self.policy, self.schedule)
+        return PolicyOptimizer(self.policy, self.controls)
 
     def train_dataloader(self):
         return self._builders[2](prompt=self.model.prompt, sampling_rate=self.model.sampling_rate)
@@ -133,6 +141,7 @@ class RBAAlignment(LightningModule):
         metrics = self.align(batch, take_step)
         self.log_dict(metrics, batch_size=len(batch))
         self.log("reward", metrics["reward/mean"], prog_bar=True, logger=False, batch_size=len(batch))
+        self.controls.watch(metrics)
 
     def validation_step(self, batch: SpeechBatch, batch_idx: int) -> None:
         rollouts = self.policy.generate(batch, group_size=1, params=self.validation_params)
@@ -148,6 +157,7 @@ class RBAAlignment(LightningModule):
             self.start_reward = student
         for name, value in scores.items():
             self.log(name, value, prog_bar=name == "val/reward")
+        self.controls.watch(scores)
         if teacher > self.start_reward:  # otherwise there is no gap to close
             gap_closed = (student - self.start_reward) / (teacher - self.start_reward)
             self.log("val/gap_closed", gap_closed, prog_bar=True)
@@ -174,13 +184,14 @@ class RBAAlignment(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["rba"] = {
-            "schedule": self.schedule.state_dict(),
+            "controls": self.controls.state_dict(),
             "num_batches": self.num_batches,
             "start_reward": self.start_reward,
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.schedule.load_state_dict(checkpoint["rba"]["schedule"])
+        self.controls.load_state_dict(checkpoint["rba"]["controls"])
+        self.controls.begin(self.objective)
         self.num_batches = checkpoint["rba"]["num_batches"]
         self.start_reward = checkpoint["rba"]["start_reward"]
 
@@ -188,16 +199,15 @@ class RBAAlignment(LightningModule):
 class PolicyOptimizer(torch.optim.Optimizer):
     """megatron's optimizer where Lightning expects torch's: ``step`` is ``policy.step`` at the scheduled rate."""
 
-    def __init__(self, policy: Policy, schedule: WarmupDecay):
-        self._policy, self._schedule = policy, schedule
+    def __init__(self, policy: Policy, controls: Controls):
+        self._policy, self._schedule = policy, controls.schedule
         self.metrics: Metrics = {}
-        super().__init__(policy.parameters(), {"lr": schedule.value})
+        super().__init__(policy.parameters(), {"lr": controls.schedule.value})
 
     def step(self, closure: Callable | None = None) -> None:
         if closure is not None:
             closure()
         self.metrics = self._policy.step(self._schedule.value)
-        self._schedule.update(0.0)
 
 
 def describe(rollouts: Sequence[Rollout], rewards: Tensor, parts: dict[str, Tensor], index: Tensor) -> Metrics:
@@ -220,13 +230,20 @@ def _mean(steps: Sequence[Metrics]) -> Metrics:
     return mean | {name: value for name, value in steps[0].items() if name.startswith("health/")}
 
 
-def check_choices(source: RolloutSource, advantage: AdvantageEstimator, objective: Objective) -> None:
+def check_choices(
+    source: RolloutSource, advantage: AdvantageEstimator, objective: Objective, importance: Importance | None = None
+) -> None:
     """Refuse at setup what could only fail, or silently learn nothing, at the first batch.
 
     Raises:
         ValueError: the advantage or the loss compares more answers to a prompt than the source gives, or the advantage
-            asks for greedy answers of a source that samples none.
+            asks for greedy answers of a source that samples none, or the loss has no place for importance weights.
     """
+    if importance is not None and not (isinstance(objective, PolicyGradientLoss) and hasattr(source, "max_new_tokens")):
+        raise ValueError(
+            f"{type(importance).__name__} weighs the tokens of a policy gradient on own answers, but the loss is "
+            f"{type(objective).__name__} on {type(source).__name__}; leave importance out"
+        )
     if not objective.needs_advantages:
         return
     for choice in (advantage, objective):

@@ -58,6 +58,8 @@ class KLAdaptiveLR:
         minimum, maximum: bounds of the learning rate.
     """
 
+    follows_kl = True
+
     def __init__(self, *, learning_rate: float, target: float, factor: float, minimum: float, maximum: float):
         _require(target > 0, "target", target, "above 0 nats per token")
         _require(factor > 1, "factor", factor, "above 1")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Correction for a sampler that is not the trainer: another engine, or another precision, gave the answers.
 
-Weights (N, T) without a gradient, made of pi_train / pi_sampler of the sampled tokens, both before the first update. To
-multiply the advantages with them is to multiply each token's loss: min(rho w A, clip(rho) w A) = w min(rho A, clip(rho)
-A) for w >= 0. ``RolloutBatch.old_logprobs`` must then be the trainer's, else the loss's own ratio corrects a second
-time.
+Weights (N, T) without a gradient, made of pi_train / pi_sampler of the sampled tokens, both before the first update.
+The loss multiplies its advantages with them, which is to multiply each token's loss: min(rho w A, clip(rho) w A) = w
+min(rho A, clip(rho) A) for w >= 0. ``RolloutBatch.old_logprobs`` must then be the trainer's, else the loss's own ratio
+corrects a second time.
 
 | correction          | weight                                            | source                       |
 |---------------------|---------------------------------------------------|------------------------------|
@@ -12,12 +12,18 @@ time.
 | MaskedImportance    | the ratio where minimum <= ratio <= maximum, or 0 | IcePop, Ring-1T report       |
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from nemo_rba.protocols import Metrics
-
 MAX_LOG_RATIO = 20.0  # nats
+
+
+class Importance(Protocol):
+    """A correction: log-probabilities (N, T) under trainer and sampler, and the mask -> weights (N, T)."""
+
+    def __call__(self, trainer: Tensor, sampler: Tensor, mask: Tensor) -> Tensor: ...
 
 
 class TruncatedImportance:
@@ -31,10 +37,9 @@ class TruncatedImportance:
         _require(maximum >= 1, "maximum", maximum, "1 or more")
         self.maximum = maximum
 
-    def __call__(self, trainer: Tensor, sampler: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
-        """Log-probabilities (N, T) of both and the mask (N, T) -> weights (N, T), 0 where masked; metrics."""
-        ratio = _ratio(trainer, sampler, mask)
-        return ratio.clamp(max=self.maximum), _metrics(ratio, ratio > self.maximum, mask)
+    def __call__(self, trainer: Tensor, sampler: Tensor, mask: Tensor) -> Tensor:
+        """Log-probabilities (N, T) of both and the mask (N, T) -> weights (N, T), 0 where masked."""
+        return _ratio(trainer, sampler, mask).clamp(max=self.maximum)
 
 
 class MaskedImportance:
@@ -49,11 +54,10 @@ class MaskedImportance:
         _require(maximum >= 1, "maximum", maximum, "1 or more")
         self.minimum, self.maximum = minimum, maximum
 
-    def __call__(self, trainer: Tensor, sampler: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
+    def __call__(self, trainer: Tensor, sampler: Tensor, mask: Tensor) -> Tensor:
         """As ``TruncatedImportance``."""
         ratio = _ratio(trainer, sampler, mask)
-        cut = mask & ((ratio < self.minimum) | (ratio > self.maximum))
-        return torch.where(cut, 0.0, ratio), _metrics(ratio, cut, mask)
+        return torch.where((ratio < self.minimum) | (ratio > self.maximum), 0.0, ratio)
 
 
 def _ratio(trainer: Tensor, sampler: Tensor, mask: Tensor) -> Tensor:
@@ -67,12 +71,6 @@ def _ratio(trainer: Tensor, sampler: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, log_ratio.exp(), 0.0)
 
 
-def _metrics(ratio: Tensor, cut: Tensor, mask: Tensor) -> Metrics:
-    """Mean weight before the cut, and share of tokens that are cut, of this rank's answers."""
-    count = max(int(mask.sum()), 1)
-    return {"sampler/ratio": float(ratio.sum()) / count, "sampler/cut": float(cut.sum()) / count}
-
-
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
-        raise ValueError(f"{key} must be {expected}, got {value!r}: change correction.{key}")
+        raise ValueError(f"{key} must be {expected}, got {value!r}: change importance.{key}")

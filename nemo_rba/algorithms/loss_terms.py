@@ -25,8 +25,10 @@ Metrics = dict[str, Tensor]
 class PolicyGradientLoss:
     """Everything of a policy-gradient loss but its surrogate, which a subclass gives.
 
-        A_t  = advantage + dense_weight * clamp(log pi_T - log pi_old - baseline, +-dense_clip)    no gradient
+        A_t  = w (advantage + dense_weight * clamp(log pi_T - log pi_old - baseline, +-dense_clip))    no gradient
         loss = aggregate(surrogate(log pi, log pi_old, A)) + kl_coefficient * KL(pi || pi_ref)
+
+    w is 1, or the weight of ``importance``, whose KL term is not corrected.
 
     Args:
         kl_coefficient: weight of the KL to the start model; 0 spares its forward pass. May be changed between steps
@@ -75,8 +77,10 @@ class PolicyGradientLoss:
             loss = loss + kl_loss
             metrics |= kl_metrics
         metrics["loss/policy"] = policy_loss.detach()
-        metrics["kl/old"] = token_mean(kl_estimate(old, logprobs.detach(), "k1"), batch)
-        metrics["health/logprob_error"] = token_mean((logprobs.detach() - old).abs(), batch)
+        moved = (logprobs.detach() - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        metrics["kl/old"] = token_mean(kl_estimate(old, old + moved, "k3"), batch)
+        sampler = old if batch.sampler_logprobs is None else batch.sampler_logprobs
+        metrics["health/logprob_error"] = token_mean((logprobs.detach() - sampler).abs(), batch)
         if clipped is not None:
             metrics["clip_fraction"] = token_mean(clipped.float(), batch)
         metrics["entropy"] = token_mean(-logprobs.detach(), batch)
@@ -84,12 +88,18 @@ class PolicyGradientLoss:
 
     def _advantages(self, old: Tensor, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         advantages = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
-        advantages = real(advantages.expand_as(old), batch)
-        if not self.needs_teacher:
-            return advantages, {}
-        logratio = real(given(batch.teacher_logprobs, "teacher_logprobs", self), batch) - old
-        dense = self.dense_weight * (logratio - batch.teacher_baseline).clamp(-self.dense_clip, self.dense_clip)
-        return advantages + dense, {"teacher/logratio": token_mean(logratio, batch)}
+        advantages, metrics = real(advantages.expand_as(old), batch), {}
+        if self.needs_teacher:
+            logratio = real(given(batch.teacher_logprobs, "teacher_logprobs", self), batch) - old
+            dense = (logratio - batch.teacher_baseline).clamp(-self.dense_clip, self.dense_clip)
+            advantages = advantages + self.dense_weight * dense
+            metrics["teacher/logratio"] = token_mean(logratio, batch)
+        if batch.importance_weights is not None:
+            weights = real(batch.importance_weights, batch)
+            advantages = advantages * weights
+            metrics["sampler/weight"] = token_mean(weights, batch)
+            metrics["sampler/dropped"] = token_mean((weights == 0).float(), batch)
+        return advantages, metrics
 
 
 def kl_to_start(

@@ -112,6 +112,10 @@ class MegatronPolicy:
         """See ``protocols.Policy``."""
         return _generate(self.model, batch, self._encode(batch), self.generation_batch_size, group_size, params)
 
+    def encode_response(self, response: str) -> list[int]:
+        """See ``protocols.Policy``."""
+        return self.model.prompt.encode_response(response)
+
     @torch.no_grad()
     def logprobs(self, batch: RolloutBatch, *, reference: bool = False) -> Tensor:
         """See ``protocols.Policy``."""

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from nemo_rba.algorithms.importance import Importance
 from nemo_rba.distributed.parallel import data_parallel_sum
 from nemo_rba.functional import pad_sequences, typed
-from nemo_rba.protocols import LikelihoodTeacher, Objective, Policy
-from nemo_rba.types import Rollout, RolloutBatch, SamplingParams, SpeechBatch
+from nemo_rba.protocols import LikelihoodTeacher, Objective, Policy, Teacher
+from nemo_rba.types import Instruction, Rollout, RolloutBatch, SamplingParams, SpeechBatch
 
 
 class PolicyRollouts:
@@ -56,6 +57,45 @@ class TeacherRollouts:
         ]
 
 
+class FreshTeacherRollouts:
+    """G new answers of the teacher, who reads the words, each time a spoken prompt comes by: its distribution, sampled.
+
+    Distillation on it is the strongest rival of reinforcement: no answer is ever learned by heart. Where the teacher
+    did not come to an end, its stored answer takes the place, and ``num_unfinished`` counts it.
+    """
+
+    def __init__(self, *, teacher: Teacher, group_size: int, max_new_tokens: int, temperature: float, top_p: float):
+        if group_size < 1:
+            raise ValueError(f"rollouts.group_size must be 1 or more, got {group_size}")
+        self.teacher, self.group_size, self.max_new_tokens = teacher, group_size, max_new_tokens
+        self.temperature, self.top_p = temperature, top_p
+        self.num_unfinished = 0
+
+    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int) -> list[Rollout]:
+        params = SamplingParams(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=seed
+        )
+        asked = [
+            (row, instruction) for row, instruction in enumerate(batch.instructions) for _ in range(self.group_size)
+        ]
+        answers = self.teacher.generate(
+            [transcript_prompt(self.teacher, instruction) for _, instruction in asked], params
+        )
+        self.num_unfinished += answers.count("")
+        responses = [answer or instruction.response for answer, (_, instruction) in zip(answers, asked, strict=True)]
+        return [
+            Rollout(
+                prompt_index=row,
+                instruction=instruction,
+                response=response,
+                token_ids=torch.tensor(policy.encode_response(response)),
+                logprobs=None,
+                truncated=False,
+            )
+            for response, (row, instruction) in zip(responses, asked, strict=True)
+        ]
+
+
 def prompt_index(rollouts: Sequence[Rollout]) -> Tensor:
     """Prompt row of each rollout (N,)."""
     return torch.tensor([rollout.prompt_index for rollout in rollouts])
@@ -63,7 +103,7 @@ def prompt_index(rollouts: Sequence[Rollout]) -> Tensor:
 
 def collate(
     batch: SpeechBatch, rollouts: Sequence[Rollout], advantages: Tensor, *, policy: Policy, objective: Objective,
-    teacher: LikelihoodTeacher | None, num_minibatches: int,
+    teacher: LikelihoodTeacher | None, num_minibatches: int, importance: Importance | None = None,
 ) -> Iterator[RolloutBatch]:  # fmt: skip
     """Minibatches of rollouts with every log-probability the objective asks for; whole groups stay together.
 
@@ -80,6 +120,8 @@ def collate(
         num_loss_rollouts=0,
     )
     whole = dataclasses.replace(whole, **_logprobs(whole, rollouts, policy, objective, teacher))
+    if importance is not None:
+        whole = _correct(whole, importance, policy)
     if whole.teacher_logprobs is not None and whole.old_logprobs is not None:
         whole = dataclasses.replace(whole, teacher_baseline=_teacher_baseline(whole))
     prompts = whole.prompt_index.unique()
@@ -110,6 +152,13 @@ def _logprobs(
     return fields
 
 
+def _correct(whole: RolloutBatch, importance: Importance, policy: Policy) -> RolloutBatch:
+    """The trainer's log-probabilities in place of the sampler's, and weights for what lies between them."""
+    trainer, sampler = policy.logprobs(whole), whole.old_logprobs
+    weights = importance(trainer, sampler, whole.response_mask)
+    return dataclasses.replace(whole, old_logprobs=trainer, sampler_logprobs=sampler, importance_weights=weights)
+
+
 def _teacher_baseline(whole: RolloutBatch) -> float:
     """Mean of log pi_T - log pi_old over the tokens of the global batch."""
     logratio = (whole.teacher_logprobs - whole.old_logprobs)[whole.response_mask].double()
@@ -119,7 +168,7 @@ def _teacher_baseline(whole: RolloutBatch) -> float:
 
 def _judgement(rollouts: Sequence[Rollout], objective: Objective, teacher: LikelihoodTeacher) -> dict[str, Tensor]:
     """What the teacher, who reads the transcript, thinks of every token."""
-    prompts = [transcript_prompt(teacher, rollout) for rollout in rollouts]
+    prompts = [transcript_prompt(teacher, rollout.instruction) for rollout in rollouts]
     tokens = [rollout.token_ids for rollout in rollouts]
     fields = {}
     if objective.needs_teacher:
@@ -131,9 +180,9 @@ def _judgement(rollouts: Sequence[Rollout], objective: Objective, teacher: Likel
     return fields
 
 
-def transcript_prompt(teacher: LikelihoodTeacher, rollout: Rollout) -> str:
+def transcript_prompt(teacher: Teacher, instruction: Instruction) -> str:
     """The teacher's prompt: the words spoken, typed."""
-    return teacher.render([{"role": "user", "content": typed(rollout.instruction)}], open_turn="assistant")
+    return teacher.render([{"role": "user", "content": typed(instruction)}], open_turn="assistant")
 
 
 def select(batch: RolloutBatch, prompts: Tensor) -> RolloutBatch:

@@ -123,6 +123,7 @@ class SpeechLoader:
         drop_last: True for training. Batches are then always full: an unusable item is replaced by the next usable
             one of this rank, so that ranks keep step, at the price of meeting that one twice. With False (evaluation)
             nothing is replaced or repeated, and a batch without usable items is left out.
+        num_items: use no more than so many items of the manifest, drawn by ``seed``; None uses all.
 
     Raises:
         ValueError: the manifest is missing, empty or smaller than a global batch, or as for ``EpochSampler``.
@@ -139,10 +140,13 @@ class SpeechLoader:
         rank: int,
         world_size: int,
         drop_last: bool,
+        num_items: int | None = None,
     ):
         self.manifest = Path(manifest)
         self.dataset = dataset
         self._cuts = self._read()
+        if num_items is not None:
+            self._cuts = self._draw(num_items, seed)
         self._digest = hashlib.sha256("\n".join(cut.id for cut in self._cuts).encode()).hexdigest()
         self.sampler = EpochSampler(
             num_items=len(self._cuts),
@@ -210,6 +214,14 @@ class SpeechLoader:
         if not cuts:
             raise ValueError(f"manifest '{self.manifest}' is empty; run the synthesis again or name another manifest")
         return cuts
+
+    def _draw(self, num_items: int, seed: int) -> list[Cut]:
+        if not 1 <= num_items <= len(self._cuts):
+            raise ValueError(
+                f"num_items={num_items}: expected 1 to {len(self._cuts)}, the items of '{self.manifest}'; change "
+                "data.train_items or make the manifest larger"
+            )
+        return random.Random(f"{seed}/items").sample(self._cuts, num_items)
 
     def _identity(self) -> dict[str, Any]:
         return {

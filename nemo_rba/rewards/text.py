@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import sacrebleu
 import torch
 from torch import Tensor
+from torchmetrics.functional.text import word_error_rate
+from torchmetrics.functional.text.rouge import rouge_score
 
 from nemo_rba.types import Rollout
 
@@ -29,6 +31,49 @@ class ExactMatch:
     def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
         pairs = [(_teacher_answer(rollout, self), rollout.response) for rollout in rollouts]
         return _score_once(lambda answer, response: float(normalize(answer) == normalize(response)), pairs)
+
+
+class AnswerMatch:
+    """1 if the teacher's answer, or an alias of it, stands in the answer as whole words, else 0.
+
+    Case, punctuation, spacing and Unicode form do not count: the match of LlamaQuestions and of SpeechLM work on
+    spoken TriviaQA and WebQuestions, where an answer is a sentence around the fact. ``max_words`` bounds that sentence,
+    or naming everything would be the best policy.
+    """
+
+    def __init__(self, *, max_words: int):
+        if max_words < 1:
+            raise ValueError(f"max_words must be 1 or more, got {max_words}: change max_words of the answer match")
+        self.max_words = max_words
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        return torch.tensor([float(self._matches(rollout)) for rollout in rollouts])
+
+    def _matches(self, rollout: Rollout) -> bool:
+        answer = normalize(rollout.response)
+        if len(answer.split()) > self.max_words:
+            return False
+        right = map(normalize, (_teacher_answer(rollout, self), *rollout.instruction.aliases))
+        return any(f" {words} " in f" {answer} " for words in right if words)
+
+
+class RougeL:
+    """ROUGE-L F-measure to the teacher's answer: longest common subsequence of words, in [0, 1] (Lin 2004).
+
+    Words of every script, without case and punctuation; the reference implementation drops all but a-z and 0-9.
+    """
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        pairs = [(_teacher_answer(rollout, self), rollout.response) for rollout in rollouts]
+        return _score_once(_rouge_l, pairs)
+
+
+class WordAccuracy:
+    """1 - word error rate to the teacher's answer, at least 0: the reward of a transcription task (MWER 1712.01818)."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        pairs = [(normalize(_teacher_answer(rollout, self)), normalize(rollout.response)) for rollout in rollouts]
+        return _score_once(_word_accuracy, pairs)
 
 
 class VerifierReward:
@@ -63,6 +108,30 @@ class LengthPenalty:
         return -((words - self.max_words) / self.max_words).clamp(0, 1)
 
 
+class OverlongPenalty:
+    """Soft overlong punishment (DAPO 2503.14476, equation 13), in tokens with the end of turn, in [-1, 0].
+
+    0 up to ``max_tokens - margin`` tokens, falling linearly to -1 at ``max_tokens``, and -1 for what was cut off.
+
+    Args:
+        max_tokens: the longest answer, ``rollouts.max_new_tokens``.
+        margin: over how many tokens the penalty grows.
+    """
+
+    def __init__(self, *, max_tokens: int, margin: int):
+        if not 1 <= margin <= max_tokens:
+            raise ValueError(
+                f"margin must be between 1 and max_tokens ({max_tokens}), got {margin}: change margin of the overlong "
+                "penalty"
+            )
+        self.max_tokens, self.margin = max_tokens, margin
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], dtype=torch.float32)
+        truncated = torch.tensor([rollout.truncated for rollout in rollouts])
+        return torch.where(truncated, -1.0, -((lengths - self.max_tokens + self.margin) / self.margin).clamp(0, 1))
+
+
 class TruncationPenalty:
     """-1 for an answer cut off at ``max_new_tokens``, else 0."""
 
@@ -74,6 +143,17 @@ def normalize(text: str) -> str:
     """Case-folded NFKC words, without punctuation, one space between them."""
     words = re.sub(r"[^\w\s]|_", " ", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(words.split())
+
+
+def _rouge_l(answer: str, response: str) -> float:
+    scores = rouge_score(response, answer, rouge_keys="rougeL", normalizer=normalize, tokenizer=str.split)
+    return float(scores["rougeL_fmeasure"])
+
+
+def _word_accuracy(answer: str, response: str) -> float:
+    if not answer:  # it was nothing but punctuation
+        return float(not response)
+    return max(0.0, 1 - float(word_error_rate(response, answer)))
 
 
 def _score_once(score: Callable[[str, str], float], pairs: Sequence[tuple[str, str]]) -> Tensor:

@@ -28,13 +28,14 @@ def start(folder: Path, *launcher: str, tensor_parallel: int = 2, devices: int =
     )
 
 
-def by_slurm(folder: Path) -> list[subprocess.Popen]:
+def by_slurm(folder: Path, tensor_parallel: int) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     return [
         start(
             folder,
+            tensor_parallel=tensor_parallel,
             env={
                 "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "rba", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
                 "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0", "SLURM_NNODES": "1",
@@ -48,8 +49,8 @@ def by_slurm(folder: Path) -> list[subprocess.Popen]:
 STARTS = {
     "torchrun": lambda folder: [start(folder, *TORCHRUN)],
     "itself": lambda folder: [start(folder)],
-    "slurm": by_slurm,
-    "data parallel": lambda folder: [start(folder, tensor_parallel=1)],
+    "slurm": lambda folder: by_slurm(folder, tensor_parallel=2),
+    "data parallel": lambda folder: by_slurm(folder, tensor_parallel=1),
 }
 
 

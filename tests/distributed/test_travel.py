@@ -72,7 +72,7 @@ def test_a_run_goes_on_alone(folder, uninterrupted, llama_salm, manifest):
     module = build(llama_salm[0], manifest, folder / "one")
     trainer = fit(module, folder / "one", EVERY_TWO_STEPS)
     assert module.num_batches == NUM_BATCHES
-    assert trainer.global_step == module.schedule.step == 2 * NUM_BATCHES
+    assert trainer.global_step == module.controls.schedule.step == 2 * NUM_BATCHES
     assert_same(gather_state(module.model), uninterrupted[0])
 
 
@@ -84,7 +84,7 @@ def test_a_nemo_is_the_same_at_every_layout(folder):
         assert all(torch.equal(restored[name], value) for name, value in expected.items())
 
 
-def test_a_half_written_checkpoint_is_not_chosen(folder, llama_salm, manifest, tmp_path, monkeypatch):
+def test_a_half_written_checkpoint_is_not_chosen(uninterrupted, llama_salm, manifest, tmp_path, monkeypatch):
     """A crash while a checkpoint is written leaves the one before it as the last."""
     from nemo_rba.checkpoint import sharded
 
@@ -105,7 +105,5 @@ def test_a_half_written_checkpoint_is_not_chosen(folder, llama_salm, manifest, t
     resumed = build(llama_salm[0], manifest, tmp_path)
     fit(resumed, tmp_path, EVERY_TWO_STEPS)
     assert resumed.num_batches == NUM_BATCHES
-    whole = build(llama_salm[0], manifest, tmp_path / "whole")
-    fit(whole, tmp_path / "whole", EVERY_TWO_STEPS)
-    assert_same(gather_state(resumed.model), gather_state(whole.model))
+    assert_same(gather_state(resumed.model), uninterrupted[0])
     assert not list(tmp_path.rglob("unfinished/*"))

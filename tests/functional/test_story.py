@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,11 @@ ROOT = Path(__file__).parent.parent.parent
 SHORT = [
     "num_minibatches=1",
     "data.num_train=48", "data.num_dev=24", "data.num_test=40", "data.num_test_seen=20", "trainer.max_steps=12",
-    "schedule.warmup_steps=2", "trainer.val_check_interval=3", "evaluation.num_draws=200",
+    "warmup_steps=2", "trainer.val_check_interval=3", "evaluation.num_draws=200",
 ]  # fmt: skip
 
-TWO_PROCESSES = ["trainer.devices=2", "model.tensor_model_parallel_size=2"]
-
+TWO_PROCESSES = ["trainer.devices=2", "data.batch_size=8"]  # the same global batch
+EIGHT_BILLION = "eight-billion"  # a folder that must not appear
 
 LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
 
@@ -89,44 +90,67 @@ def test_report_and_data_are_complete(run):
         assert (folder / f"align_{arm}" / f"{arm}.nemo").is_file()
 
 
-def test_a_second_run_does_nothing(run):
+@pytest.fixture(scope="module")
+def commands(run):
+    """name -> (exit status, output) of the commands of the README on what ``run`` left; two at a time, as cores are."""
+    from nemo_rba.synthesis.tts import EspeakTTS
+
     folder, _ = run
-    output = finish(start("rba_align.py", "--config-name=rba_tiny", f"output={folder}", *SHORT))
+    voice = EspeakTTS(voices=["en-us"], rates=[160], pitches=[50], sampling_rate=44100)
+    audio = voice.synthesize(["what is the capital of france"], voice.speakers)[0].numpy()
+    soundfile.write(folder / "question.wav", np.stack((audio, audio), 1), 44100)
+    model = f"model={folder / 'align_rba' / 'rba.nemo'}"
+    lines = {
+        "again": ("rba_align.py", "--config-name=rba_tiny", f"output={folder}", *SHORT),
+        "evaluate": (
+            "rba_evaluate.py", f"aligned={folder / 'align_sft' / 'sft.nemo'}", f"output={folder / 'evaluated'}",
+            f"manifest={folder / 'synthesis' / 'dev'}",
+        ),
+        "chat": ("rba_chat.py", model, f"audio={folder / 'question.wav'}"),
+        "chat about nothing": ("rba_chat.py", model, f"audio={folder / 'nothing.wav'}"),
+        "8b": ("rba_align.py", "--config-name=rba_8b", f"output={folder / EIGHT_BILLION}"),
+    }  # fmt: skip
+
+    def call(line: tuple[str, ...]) -> tuple[int, str]:
+        process = start(*line)
+        output, _ = process.communicate(timeout=500)
+        return process.returncode, output
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(lines, pool.map(call, lines.values()), strict=True))
+
+
+def test_a_second_run_does_nothing(commands):
+    status, output = commands["again"]
+    assert status == 0, output[-3000:]
     for stage in ("synthesis", "align_rba", "align_sft", "align_forward_kl", "report"):
         assert f"stage {stage}: skipped" in output
 
 
-def test_chat_answers_a_stereo_file_of_another_rate(run, tmp_path):
-    from nemo_rba.synthesis.tts import EspeakTTS
-
-    voice = EspeakTTS(voices=["en-us"], rates=[160], pitches=[50], sampling_rate=44100)
-    audio = voice.synthesize(["what is the capital of france"], voice.speakers)[0].numpy()
-    soundfile.write(tmp_path / "question.wav", np.stack((audio, audio), 1), 44100)
-    model = f"model={run[0] / 'align_rba' / 'rba.nemo'}"
-    answer = finish(start("rba_chat.py", model, f"audio={tmp_path / 'question.wav'}")).strip().splitlines()[-1]
+def test_chat_answers_a_stereo_file_of_another_rate(commands):
+    status, output = commands["chat"]
+    assert status == 0, output[-3000:]
+    answer = output.strip().splitlines()[-1]
     assert answer
     assert all(ord(character) < 128 for character in answer)
-    refused = start("rba_chat.py", model, f"audio={tmp_path / 'nothing.wav'}")
-    assert "no such file" in refused.communicate(timeout=200)[0]
-    assert refused.returncode != 0
 
 
-def test_evaluation_of_any_nemo_and_manifest(run, tmp_path):
-    folder, _ = run
-    finish(
-        start(
-            "rba_evaluate.py", f"aligned={folder / 'align_sft' / 'sft.nemo'}", f"output={tmp_path}",
-            f"manifest={folder / 'synthesis' / 'dev'}",
-        )
-    )  # fmt: skip
-    (condition,) = json.loads((tmp_path / "results.json").read_text())["conditions"]
+def test_chat_refuses_a_file_that_is_not_there(commands):
+    status, output = commands["chat about nothing"]
+    assert "no such file" in output
+    assert status != 0
+
+
+def test_evaluation_of_any_nemo_and_manifest(run, commands):
+    status, output = commands["evaluate"]
+    assert status == 0, output[-3000:]
+    (condition,) = json.loads((run[0] / "evaluated" / "results.json").read_text())["conditions"]
     assert condition["name"] == "dev"
 
 
-def test_eight_billion_stops_before_any_work(tmp_path):
-    process = start("rba_align.py", "--config-name=rba_8b", f"output={tmp_path / 'out'}")
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode != 0
+def test_eight_billion_stops_before_any_work(run, commands):
+    status, output = commands["8b"]
+    assert status != 0
     for expected in ("nothing was started", "model.folder", "teacher.path", "fastpitch", "GPUs"):
         assert expected in output
-    assert not (tmp_path / "out").exists()
+    assert not (run[0] / EIGHT_BILLION).exists()

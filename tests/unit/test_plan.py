@@ -28,12 +28,23 @@ TINY = [
     "validation.max_new_tokens=8", "data.max_duration_seconds=2.0", "plan.prompt_tokens=7",
 ]  # fmt: skip
 SPREAD = ["trainer.devices=4", "model.tensor_model_parallel_size=2"]
-RUNS = {
+TP2_PP2 = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2", "data.batch_size=32"]
+AS_RIVAL = ["rollouts=teacher", "~rollouts.group_size", "~rollouts.max_new_tokens"]
+EIGHT_BILLION = {
+    "8b": ["--config-name=rba_8b"],
+    "8b_tp2_pp2": ["--config-name=rba_8b", *TP2_PP2],
+    "8b_forward_kl": ["--config-name=rba_8b", *AS_RIVAL, "objective=forward_kl"],
+    "8b_sft": ["--config-name=rba_8b", *AS_RIVAL, "objective=distillation"],
+    "8b_2_nodes": ["--config-name=rba_8b", "trainer.num_nodes=2", "data.batch_size=16"],
+    "8b_lora": ["--config-name=rba_8b_lora"],
+    "8b_lora_tp2_pp2": ["--config-name=rba_8b_lora", *TP2_PP2],
+}
+RUNS = EIGHT_BILLION | {
     "llama": TINY,
     "qwen3": TINY,
     "tp2_sp": [*TINY, *SPREAD, "model.sequence_parallel=true"],
     "tp2_pp2": [*TINY, *SPREAD, "model.pipeline_model_parallel_size=2"],
-    "8b": ["--config-name=rba_8b"],
+    "8b_wasteful": ["--config-name=rba_8b", "policy.recompute=false"],
     "8b_roomy": ["--config-name=rba_8b", "plan.gpu_gib=100000"],
     "unfrozen": [*TINY, "policy.freeze=[perception.proj]"],
     "8b_thrifty": ["--config-name=rba_8b", "policy.recompute=true", "policy.distributed_optimizer=true"],
@@ -225,3 +236,24 @@ def test_what_is_left_out_is_said(plans):
     assert "encoder" in note
     assert plans[0]["unfrozen"]["parameters"]["encoder"]["frozen"] == 0
     assert f"note: {note}" in plans[1]
+
+
+@pytest.mark.parametrize("name", EIGHT_BILLION)
+def test_8b_recipes_fit_80_gib_by_the_plan(plans, name):
+    plan = plans[0][name]
+    assert plan["fits"], plan["largest"]
+    assert plan["peak"]["bytes"] < 0.8 * plan["gpu_bytes"], "the plan is arithmetic, not a measurement: leave room"
+    assert plan["tokens"]["prompts"] == 64
+    assert plan["notes"] == []
+    assert plan["layout"]["sequence_parallel"]
+
+
+def test_a_plan_can_say_no(plans):
+    assert not plans[0]["8b_wasteful"]["fits"]
+
+
+def test_lora_trains_the_factors_and_the_adapter_only(plans):
+    parameters = plans[0]["8b_lora"]["parameters"]
+    assert parameters["LLM"]["trained"] == 0
+    assert parameters["LoRA"]["frozen"] == parameters["adapter"]["frozen"] == 0
+    assert parameters["LoRA"]["trained"] < 0.01 * parameters["LLM"]["total"]

@@ -8,10 +8,13 @@ import torch
 
 from nemo_rba.algorithms.advantage import GreedyBaseline, LeaveOneOut, NoAdvantage, PerRewardNormalized
 from nemo_rba.algorithms.alignment import RBAAlignment, check_choices
-from nemo_rba.algorithms.controllers import WarmupDecay
+from nemo_rba.algorithms.controllers import AdaptiveKL, KLAdaptiveLR, WarmupDecay
+from nemo_rba.algorithms.controls import Controls, RunStopped
 from nemo_rba.algorithms.group_losses import MinimumRiskLoss
+from nemo_rba.algorithms.importance import MaskedImportance, TruncatedImportance
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss, ForwardKLLoss
-from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts
+from nemo_rba.algorithms.rollout import FreshTeacherRollouts, PolicyRollouts, TeacherRollouts
+from nemo_rba.algorithms.watcher import StopOnCollapse
 from nemo_rba.rewards.mixture import RewardMixture
 from nemo_rba.types import Instruction, Rollout, SamplingParams, SpeechBatch
 
@@ -42,6 +45,9 @@ class FakePolicy:
                     )
                 )  # fmt: skip
         return rollouts
+
+    def encode_response(self, response):
+        return [VOCABULARY[response], 2]
 
     def logprobs(self, batch, *, reference=False):
         words = self._word_logprobs().detach() if not reference else torch.full((2,), 0.5).log()
@@ -109,16 +115,22 @@ def clipped(kl=0.0, dense=0.0):
     )  # fmt: skip
 
 
-def make(objective, source=None, advantage=None, teacher=None, num_minibatches=1):
+def constant_rate():
+    return WarmupDecay(peak=1.0, floor=1.0, warmup_steps=0, total_steps=1, shape="linear")
+
+
+def make(
+    objective, source=None, advantage=None, teacher=None, num_minibatches=1, importance=None, schedule=None, **steering
+):
     module = RBAAlignment(
         build_model=None, build_policy=None, build_loader=None, build_validation_loader=None, teacher=teacher,
         source=source or PolicyRollouts(group_size=4, max_new_tokens=2, temperature=1.0, top_p=1.0),
         reward=RewardMixture(parts={"yes": SaysYes()}, weights={"yes": 1.0}), advantage=advantage or LeaveOneOut(),
-        objective=objective, schedule=WarmupDecay(peak=1.0, floor=1.0, warmup_steps=0, total_steps=1, shape="linear"),
+        objective=objective, controls=Controls(schedule=schedule or constant_rate(), **steering), importance=importance,
         validation_params=SamplingParams(max_new_tokens=2), num_minibatches=num_minibatches, seed=3,
     )  # fmt: skip
     module._policy.append(FakePolicy())
-    return module, lambda: module.policy.step(module.schedule.value)
+    return module, lambda: module.policy.step(module.controls.schedule.value)
 
 
 def test_reinforcement_raises_the_reward():
@@ -206,3 +218,104 @@ def test_what_cannot_be_compared_is_refused_at_setup():
     with pytest.raises(ValueError, match="GreedyBaseline compares with the student's greedy answer, but TeacherRoll"):
         check_choices(TeacherRollouts(), GreedyBaseline(), clipped())
     check_choices(one, GreedyBaseline(), clipped())
+
+
+def test_the_kl_coefficient_follows_the_kl():
+    controller = AdaptiveKL(coefficient=0.5, target=1e-3, horizon_steps=1)
+    module, step = make(clipped(kl=0.1), kl_controller=controller)
+    assert module.objective.kl_coefficient == 0.5, "the controller's, from the first step"
+    history = [module.align(speech_batch(), step) for _ in range(4)]
+    assert history[0]["kl/reference"] == pytest.approx(0.0, abs=1e-6), "the start model itself"
+    assert [line["loss/kl"] > 0 for line in history[1:]] == [True] * 3
+    assert [line["kl/coefficient"] for line in history[:3]] == pytest.approx([0.5, 0.4, 0.48])
+    assert module.objective.kl_coefficient == controller.value == pytest.approx(0.5 * 0.8 * 1.2**3)
+
+
+def test_the_learning_rate_follows_the_kl_of_the_later_updates():
+    schedule = KLAdaptiveLR(learning_rate=1.0, target=1e-6, factor=2.0, minimum=0.1, maximum=1.0)
+    module, step = make(clipped(), num_minibatches=2, schedule=schedule)
+    module.align(speech_batch(), step)
+    assert schedule.value == 0.5, "the second update's KL; the first had none"
+
+
+def test_a_sampler_that_is_not_the_trainer_is_corrected():
+    class OtherPrecision(FakePolicy):
+        def generate(self, batch, *, group_size, params):
+            answers = super().generate(batch, group_size=group_size, params=params)
+            return [dataclasses.replace(a, logprobs=a.logprobs - torch.tensor([0.5, 0.0])) for a in answers]
+
+    module, step = make(clipped(), importance=TruncatedImportance(maximum=1.25))
+    module._policy[0] = OtherPrecision()
+    metrics = module.align(speech_batch(), step)
+    (batch,) = module.policy.seen
+    torch.testing.assert_close(batch.old_logprobs[:, 0], torch.full((16,), 0.5).log())
+    torch.testing.assert_close(batch.importance_weights, torch.tensor([[1.25, 1.0]] * 16))  # e^0.5, cut
+    assert metrics["health/logprob_error"] == pytest.approx(0.25), "is still told"
+    assert metrics["sampler/weight"] == pytest.approx(1.125)
+
+
+def watcher(**settings):
+    off = {"min_entropy": None, "min_length": None, "max_length": None, "validation_patience": None}
+    return StopOnCollapse(patience=2, dev_score="val/reward", **off | settings)
+
+
+def test_a_run_that_has_gone_wrong_is_stopped_with_its_reason():
+    module, _ = make(clipped(), watcher=watcher(min_entropy=0.2))
+    module.controls.watch({"entropy": 0.1})
+    with pytest.raises(RunStopped, match=r"entropy has been below 0\.2 for 2 steps"):
+        module.controls.watch({"entropy": 0.1})
+    with pytest.raises(RunStopped, match="loss/policy is nan: the run has diverged"):
+        module.controls.watch({"loss/policy": float("nan")})
+
+
+def test_controls_are_saved_and_resumed():
+    def build():
+        controller = AdaptiveKL(coefficient=0.5, target=1e-3, horizon_steps=2)
+        return make(clipped(kl=0.1), kl_controller=controller, watcher=watcher(max_length=1.0), num_minibatches=2)
+
+    module, step = build()
+    for _ in range(2):
+        module.align(speech_batch(), step)
+    module.controls.watch({"rollout/length": 2.0})
+    module.on_save_checkpoint(saved := {})
+    resumed, _ = build()
+    resumed.on_load_checkpoint(saved)
+    assert resumed.controls.state_dict() == module.controls.state_dict()
+    assert resumed.objective.kl_coefficient == module.objective.kl_coefficient != 0.5
+    with pytest.raises(RunStopped, match="answers get too long"):
+        resumed.controls.watch({"rollout/length": 2.0})
+
+
+def test_controls_with_nothing_to_steer_by_are_refused_at_setup():
+    controller = AdaptiveKL(coefficient=0.5, target=1e-3, horizon_steps=2)
+    with pytest.raises(ValueError, match=r"kl_controller steers the KL to the start model, but ClippedPolicyLoss does"):
+        make(clipped(), kl_controller=controller)
+    schedule = KLAdaptiveLR(learning_rate=1.0, target=1e-3, factor=2.0, minimum=0.1, maximum=1.0)
+    with pytest.raises(ValueError, match="num_minibatches is 1 with ClippedPolicyLoss; expected 2 or more"):
+        make(clipped(), schedule=schedule)
+    with pytest.raises(ValueError, match="with DistillationLoss"):
+        make(DistillationLoss(), source=TeacherRollouts(), schedule=schedule, num_minibatches=2)
+    with pytest.raises(ValueError, match="MaskedImportance weighs the tokens of a policy gradient"):
+        make(DistillationLoss(), source=TeacherRollouts(), importance=MaskedImportance(minimum=0.5, maximum=5.0))
+
+
+def test_a_teacher_answers_anew_each_time():
+    class Moody(FakeTeacher):
+        """Answers what the seed says, and does not come to an end with every fifth prompt."""
+
+        def generate(self, prompts, params):
+            self.asked = list(prompts)
+            return ["" if n % 5 == 4 else ["yes", "no"][(params.seed + n) % 2] for n in range(len(prompts))]
+
+    source = FreshTeacherRollouts(teacher=Moody(), group_size=2, max_new_tokens=4, temperature=1.0, top_p=1.0)
+    first, second = (source(FakePolicy(), speech_batch(), seed) for seed in (0, 1))
+    assert source.teacher.asked[:3] == ["say yes 0", "say yes 0", "say yes 1"], "it reads the words"
+    assert [rollout.prompt_index for rollout in first] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [rollout.response for rollout in first] == ["yes", "no", "yes", "no", "yes", "no", "yes", "no"]
+    assert [rollout.response for rollout in second] == ["no", "yes", "no", "yes", "yes", "yes", "no", "yes"]
+    assert first[1].token_ids.tolist() == [1, 2]
+    assert source.num_unfinished == 2, "whose place the stored answer took"
+    module, step = make(DistillationLoss(), source=source)
+    assert module.align(speech_batch(), step)["loss/distillation"] > 0
+    with pytest.raises(ValueError, match=r"rollouts\.group_size must be 1 or more, got 0"):
+        FreshTeacherRollouts(teacher=None, group_size=0, max_new_tokens=4, temperature=1.0, top_p=1.0)

@@ -46,6 +46,17 @@ def test_every_epoch_is_another_permutation(items, make_loader):
     assert flat(epoch_of(make_loader(loader.manifest, seed=2))) != epochs[0]
 
 
+def test_some_items_are_drawn_by_the_seed(items, make_loader):
+    manifest = items(12)
+    drawn = {seed: set(flat(epoch_of(make_loader(manifest, num_items=4, seed=seed)))) for seed in (1, 2)}
+    assert [len(found) for found in drawn.values()] == [4, 4]
+    assert drawn[1] != drawn[2]
+    loader = make_loader(manifest, num_items=4)
+    assert set(flat(epoch_of(loader))) | set(flat(epoch_of(loader))) == drawn[1], "the same in every epoch"
+    with pytest.raises(ValueError, match=r"num_items=13: expected 1 to 12.*data\.train_items"):
+        make_loader(manifest, num_items=13)
+
+
 def test_the_order_is_frozen():
     """A resumed run may meet a newer Python or torch; if this fails, old checkpoints would see other batches."""
     sampler = EpochSampler(num_items=10, batch_size=2, shuffle=True, seed=1, rank=0, world_size=1, drop_last=True)

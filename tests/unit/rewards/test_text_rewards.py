@@ -3,17 +3,30 @@ import pytest
 import sacrebleu
 import torch
 
-from nemo_rba.rewards.text import ChrF, ExactMatch, LengthPenalty, TruncationPenalty, VerifierReward, normalize
+from nemo_rba.rewards.text import (
+    AnswerMatch,
+    ChrF,
+    ExactMatch,
+    LengthPenalty,
+    OverlongPenalty,
+    RougeL,
+    TruncationPenalty,
+    VerifierReward,
+    WordAccuracy,
+    normalize,
+)
 from nemo_rba.types import Instruction, Rollout
 
 
-def rollout(response: str, *, answer: str = "The cat sat.", truncated: bool = False) -> Rollout:
-    instruction = Instruction(id="i1", text="where did the cat sit", response=answer, task="open")
+def rollout(
+    response: str, *, answer: str = "The cat sat.", aliases: tuple = (), tokens: int = 1, truncated: bool = False
+) -> Rollout:
+    instruction = Instruction(id="i1", text="where did the cat sit", response=answer, task="open", aliases=aliases)
     return Rollout(
         prompt_index=0,
         instruction=instruction,
         response=response,
-        token_ids=torch.tensor([1]),
+        token_ids=torch.ones(tokens, dtype=torch.int64),
         logprobs=None,
         truncated=truncated,
     )
@@ -35,7 +48,40 @@ def test_exact_match_forgives_form_only():
     assert normalize("  It's_OK, no? ") == "it s ok no"
 
 
-@pytest.mark.parametrize("reward", [ChrF(), ExactMatch()])
+def test_an_alias_anywhere_in_the_answer_is_right():
+    answers = ["It is New York.", "NYC!", "in the big apple of course", "New Yorkers", "Boston", "",
+               "Boston or Rome or Paris or New York"]  # fmt: skip
+    scores = AnswerMatch(max_words=6)(
+        [rollout(a, answer="New York", aliases=("the Big Apple", "N.Y.C.", "nyc")) for a in answers]
+    )
+    assert scores.tolist() == [1, 1, 1, 0, 0, 0, 0], "the last is too long to be an answer"
+    with pytest.raises(ValueError, match="max_words must be 1 or more"):
+        AnswerMatch(max_words=0)
+
+
+def test_rouge_l_by_hand():
+    scores = RougeL()([rollout("the big cat sat there"), rollout("sat cat the"), rollout(""), rollout("dogs")])
+    torch.testing.assert_close(scores, torch.tensor([2 * 0.6 * 1 / 1.6, 1 / 3, 0.0, 0.0]))
+    assert RougeL()([rollout("Кошка сидела", answer="кошка сидела.")]).tolist() == [1.0]
+
+
+def test_word_accuracy_is_one_minus_the_word_error_rate():
+    scores = WordAccuracy()(
+        [rollout(r) for r in ("the cat sat", "The cat, sat!", "the cat", "the cat sat on it", "a b c d e f g", "")]
+    )
+    torch.testing.assert_close(scores, torch.tensor([1.0, 1.0, 2 / 3, 1 / 3, 0.0, 0.0]))
+    assert WordAccuracy()([rollout("", answer="?!"), rollout("what", answer="?!")]).tolist() == [1.0, 0.0]
+
+
+def test_overlong_penalty_by_hand():
+    lengths = [(4, False), (6, False), (8, False), (9, False), (10, False), (10, True), (3, True)]
+    scores = OverlongPenalty(max_tokens=10, margin=4)([rollout("x", tokens=n, truncated=cut) for n, cut in lengths])
+    assert scores.tolist() == [0.0, 0.0, -0.5, -0.75, -1.0, -1.0, -1.0]
+    with pytest.raises(ValueError, match=r"margin must be between 1 and max_tokens \(10\), got 11"):
+        OverlongPenalty(max_tokens=10, margin=11)
+
+
+@pytest.mark.parametrize("reward", [ChrF(), ExactMatch(), RougeL(), WordAccuracy(), AnswerMatch(max_words=5)])
 def test_a_missing_teacher_answer_is_named(reward):
     with pytest.raises(ValueError, match=r"'i1' has response ''.*config group reward"):
         reward([rollout("anything", answer="")])

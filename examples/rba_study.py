@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does reinforcement beat distillation? A study of many runs, on as many cores as there are; see conf/rba_study.yaml.
+
+python examples/rba_study.py                     # goes on where it was stopped
+
+    synthesis/     one set of spoken instructions for all
+    runs/<run>/    every training run: <run>.nemo, metrics.jsonl
+    evaluation/    answers of the chosen runs, start, cascade and teacher to the test sets
+    n<prompts>/    the report of each size
+    study.md, .html, plots/    everything in one table and one picture
+"""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import recipe
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from nemo.core.config import hydra_runner
+from nemo.utils import logging
+from omegaconf import DictConfig
+from study.runs import Run, choose, config, dev_score, grid
+from study.summary import Study, write_study
+
+from nemo_rba.distributed import parallel
+from nemo_rba.stages import Stages
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+@hydra_runner(config_path="../conf", config_name="rba_study")
+def main(study: DictConfig) -> None:
+    runs = grid(study)
+    first = config(study, runs[0])
+    for run in {run.arm: run for run in runs}.values():
+        recipe.preflight(config(study, run))
+    recipe.start(first)
+    stages = Stages(study.output, rank=parallel.rank())
+    data = stages.run("synthesis", recipe.keys(first, recipe.SYNTHESIS), partial(recipe.synthesize, first))
+    train(study, runs, data)
+    scores = {run: dev_score(folder(study, run), monitor(first)) for run in runs}
+    chosen = choose(runs, scores)
+    final = [replace(run, seed=seed) for run in chosen.values() for seed in study.seeds]
+    train(study, final, data)
+    files = {run.name: folder(study, run) / f"{run.name}.nemo" for run in final}
+    manifests = {name: data / split for name, split in first.conditions.items()}
+    predictions = recipe.evaluate(first, manifests, files, Path(study.output) / "evaluation")
+    write_study(Study(config=study, recipe=first, scores=scores, chosen=chosen, predictions=predictions), folder)
+    logging.info(f"study: {Path(study.output) / 'study.html'}")
+
+
+def folder(study: DictConfig, run: Run) -> Path:
+    """Where a run is."""
+    return Path(study.output) / "runs" / run.name
+
+
+def monitor(cfg: DictConfig) -> str:
+    """The dev score that checkpoints and learning rates are chosen by."""
+    return cfg.exp_manager.checkpoint_callback_params.monitor
+
+
+def train(study: DictConfig, runs: list[Run], data: Path) -> None:
+    """All runs, ``study.workers`` at a time, or with one worker here; finished ones are skipped.
+
+    Raises:
+        SystemExit: some could not be finished; all others were.
+    """
+    if study.workers == 1:
+        for run in runs:
+            train_one(study, run, data)
+        return
+    context = multiprocessing.get_context("spawn")  # processes of their own: each has its process groups and its model
+    failed = []
+    with ProcessPoolExecutor(study.workers, mp_context=context) as pool:
+        waiting = {pool.submit(train_one, study, run, data): run for run in runs}
+        for number, done in enumerate(as_completed(waiting), start=1):
+            run, problem = waiting[done], done.exception()
+            logging.info(f"{number} of {len(runs)} runs: {run.name}{f' failed: {problem}' if problem else ''}")
+            failed += [f"{run.name}: {problem}"] if problem else []
+    if failed:
+        raise SystemExit("these runs are not finished:\n" + "\n".join(f"  - {line}" for line in failed))
+
+
+def train_one(study: DictConfig, run: Run, data: Path) -> None:
+    """One run, in a worker."""
+    if not GlobalHydra.instance().is_initialized():
+        initialize_config_dir(str(CONF), version_base=None)
+    cfg = config(study, run)
+    recipe.start(cfg)
+    asked = recipe.keys(cfg, recipe.ALIGNMENT)
+    try:
+        Stages(Path(study.output) / "runs").run(run.name, asked, lambda path: recipe.align(cfg, data, path, run.name))
+    except SystemExit as stop:  # a worker that exits would take the pool with it
+        raise RuntimeError(str(stop)) from stop
+
+
+if __name__ == "__main__":
+    main()

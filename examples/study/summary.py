@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study's results: a report for each number of prompts, and one table and one picture over all of them."""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure as Canvas
+from omegaconf import DictConfig
+
+from nemo_rba.evaluation import plots
+from nemo_rba.evaluation.document import Bullets, Figure, Heading, Paragraph, Table, write_document
+from nemo_rba.evaluation.plots import TrainingCurves
+from nemo_rba.evaluation.report import write_report
+from nemo_rba.evaluation.results import Roles
+from nemo_rba.evaluation.runner import Prediction
+from study.runs import Run, is_bracketed
+
+FIXED = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade", "start": "Start (S0)"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """Everything that was found."""
+
+    config: DictConfig
+    recipe: DictConfig
+    scores: dict[Run, float]  # dev score of the grid's runs
+    chosen: dict[tuple[int, str], Run]
+    predictions: Sequence[Prediction]
+
+
+def write_study(study: Study, folder: Callable[[DictConfig, Run], Path]) -> None:
+    """Reports of all sizes, then ``study.md`` and ``study.html`` in the study's folder."""
+    output = Path(study.config.output)
+    results = {size: _report(study, int(size), folder, output / f"n{size}") for size in study.config.sizes}
+    labels = {arm: choice.label for arm, choice in study.config.arms.items()}
+    blocks = [
+        *(Paragraph(f"{size} prompts. {line}", is_lead=True) for size, r in results.items() for line in r["headline"]),
+        Heading("How much of the modality gap was closed"),
+        Figure("sizes", _picture(results, list(labels.values())), _caption(study)),
+        Table(["arm", *(f"{size} prompts" for size in results)], _rows(results, labels.values())),
+        Heading("Learning rates: dev score of each, in percent of requests obeyed; the chosen one is marked"),
+        *(_grid(study, int(size)) for size in results),
+        Heading("Protocol"),
+        Bullets(_protocol(study)),
+    ]
+    write_document(output, "study", f"{study.config.name}: does reinforcement beat distillation?", blocks)
+    (output / "study.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _report(study: Study, prompts: int, folder: Callable, output: Path) -> dict:
+    seeds = study.config.seeds
+    arms = {arm: choice.label for arm, choice in study.config.arms.items()}
+    final = {
+        arm: [
+            Run(arm=arm, prompts=prompts, learning_rate=study.chosen[prompts, arm].learning_rate, seed=s) for s in seeds
+        ]
+        for arm in arms
+    }
+    systems = FIXED | {run.name: arms[arm] for arm, runs in final.items() for run in runs}
+    paths = {arm: [folder(study.config, run) for run in runs] for arm, runs in final.items()}
+    cfg = study.recipe
+    clips = study.config.sizes[prompts].max_steps // cfg.num_minibatches * cfg.data.batch_size
+    seconds = {
+        arm: [json.loads((p / "done.json").read_text())["seconds"] for p in found] for arm, found in paths.items()
+    }
+    return write_report(
+        folder=output,
+        title=f"{study.config.name}: {prompts} spoken prompts",
+        roles=Roles(systems=systems, teacher=FIXED["teacher"], start=FIXED["start"], arms=list(arms.values())),
+        predictions=[prediction for prediction in study.predictions if prediction.system in systems],
+        curves=TrainingCurves(
+            runs={arms[arm]: [p / "metrics.jsonl" for p in found] for arm, found in paths.items()},
+            panels={"Dev": cfg.exp_manager.checkpoint_callback_params.monitor, "Reward": "reward/mean"},
+            step="step",
+        ),
+        budget={
+            arms[arm]: {
+                "rate": f"{study.chosen[prompts, arm].learning_rate:g}", "clips": f"{clips:,}",
+                "time": f"{sum(found) / len(found):.0f} s",
+            }
+            for arm, found in seconds.items()
+        },
+        notes=_protocol(study),
+        num_samples=cfg.evaluation.num_samples,
+        num_draws=cfg.evaluation.num_draws,
+        seed=cfg.seed,
+    )  # fmt: skip
+
+
+def _closed(result: dict, label: str) -> dict:
+    return result["conditions"][0]["whole"]["gap_closed"][label]
+
+
+def _rows(results: dict[str, dict], labels: Sequence[str]) -> list[list[str]]:
+    def cell(found: dict) -> str:
+        return f"{found['value']:.1f} % [{found['low']:.1f}, {found['high']:.1f}]"
+
+    return [[label, *(cell(_closed(result, label)) for result in results.values())] for label in labels]
+
+
+def _picture(results: dict[str, dict], labels: Sequence[str]) -> bytes:
+    """Gap closed against the number of prompts, one line an arm, its interval as a bar."""
+    with matplotlib.rc_context(plots.SETTINGS):
+        canvas = Canvas(figsize=(7.6, 4.4), layout="constrained")
+        axes = canvas.subplots()
+        for row, label in enumerate(labels):
+            found = [_closed(result, label) for result in results.values()]
+            places = [index + 0.07 * (row - (len(labels) - 1) / 2) for index in range(len(results))]
+            values = [f["value"] for f in found]
+            errors = [[f["value"] - f["low"] for f in found], [f["high"] - f["value"] for f in found]]
+            axes.errorbar(
+                places, values, yerr=errors, color=plots.ARM_COLOURS[row % len(plots.ARM_COLOURS)], marker="o",
+                markersize=5, linewidth=1.2, elinewidth=2.2, label=label,
+            )  # fmt: skip
+        axes.axhline(0, color=plots.GREY, linewidth=1, zorder=0)
+        axes.set_xticks(range(len(results)), [f"{size} prompts" for size in results])
+        axes.set_ylabel("modality gap closed, %")
+        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        canvas.savefig(buffer := io.BytesIO(), format="png", dpi=160, facecolor="white")
+    return buffer.getvalue()
+
+
+def _grid(study: Study, prompts: int) -> Table:
+    rows = []
+    for arm, choice in study.config.arms.items():
+        best, cells = study.chosen[prompts, arm], []
+        for rate in sorted(choice.learning_rates):
+            run = Run(arm=arm, prompts=prompts, learning_rate=rate, seed=study.config.seeds[0])
+            cells.append(f"{rate:g}: {100 * study.scores[run]:.1f}{' ◄' if run == best else ''}")
+        rows.append([choice.label, *cells, "yes" if is_bracketed(study.config, best) else "no"])
+    count = len(rows[0]) - 2
+    return Table([f"{prompts} prompts", *(f"rate {i + 1}" for i in range(count)), "bracketed"], rows)
+
+
+def _caption(study: Study) -> str:
+    return (
+        f"Mean over {len(study.config.seeds)} seeds of (aligned - start) / (teacher - start) on held-out voices; bars: "
+        "95 % intervals, paired bootstrap over items."
+    )
+
+
+def _protocol(study: Study) -> list[str]:
+    seeds = list(study.config.seeds)
+    return [
+        "Every arm: the same start, batches, clips heard, voices, noise, frozen parts and checkpoint rule; a grid of "
+        f"learning rates of the same size, chosen on dev with seed {seeds[0]}. Test sets were read once, at the end.",
+        f"Seeds {seeds}: each draws its own prompts from the same pool, its own order and its own samples.",
+        "Budgets are equal in clips heard, not in time; the time of a run is in the table, two runs side by side.",
+    ]

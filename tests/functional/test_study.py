@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study at its smallest: two arms, two seeds, two steps; every table filled, nothing trained twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from study.runs import Run, choose, grid, is_bracketed
+
+ROOT = Path(__file__).parents[2]
+SMALL = """
+output: ???
+recipe: rba_tiny
+workers: 1
+name: small
+seeds: [1, 2]
+sizes: {8: {max_steps: 2, val_check_interval: 2}}
+common: [data.num_train=12, data.num_dev=6, data.num_test=10, data.num_test_seen=6, data.batch_size=4,
+  num_minibatches=1, warmup_steps=1, evaluation.num_draws=50,
+  exp_manager.checkpoint_callback_params.monitor=val/obeys]
+arms:
+  rba: {label: RBA, learning_rates: [2.0e-4], overrides: [rollouts.group_size=2]}
+  fresh:
+    label: SFT, fresh
+    learning_rates: [1.0e-4]
+    overrides: [rollouts=fresh_teacher, objective=distillation]
+"""
+
+
+def study(folder: Path) -> str:
+    (folder / "small.yaml").write_text(SMALL)
+    command = [
+        sys.executable, "examples/rba_study.py", f"--config-dir={folder}", "--config-name=small", f"output={folder}"
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def test_a_small_study_is_complete(tmp_path):
+    study(tmp_path)
+    made = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert len(made) == 2 * 2, "two arms, two seeds"
+    (found,) = json.loads((tmp_path / "study.json").read_text()).values()
+    whole = found["conditions"][0]["whole"]
+    assert whole["num_items"] == 10
+    assert set(whole["gap_closed"]) == {"RBA", "SFT, fresh"}
+    assert [len(seeds) for label, seeds in whole["seeds"].items() if label in whole["gap_closed"]] == [2, 2]
+    assert found["budget"]["RBA"]["clips"] == "8"
+    page = (tmp_path / "study.md").read_text()
+    assert page.count("◄") == 2
+    assert (tmp_path / "plots" / "sizes.png").stat().st_size > 5_000
+    assert (tmp_path / "n8" / "report.html").is_file()
+
+
+class Plan(dict):
+    """A study's config, without hydra."""
+
+    __getattr__ = dict.__getitem__
+
+
+def plan(**rates) -> Plan:
+    arms = {arm: Plan(learning_rates=found) for arm, found in rates.items()}
+    return Plan(arms=Plan(arms), seeds=[3, 4], sizes={"300": None, "1000": None})
+
+
+def test_grids_are_of_equal_size_or_refused():
+    runs = grid(plan(rba=[2.0, 1.0], sft=[3.0, 4.0]))
+    assert [(run.prompts, run.arm, run.learning_rate, run.seed) for run in runs[:3]] == [
+        (300, "rba", 1.0, 3), (300, "rba", 2.0, 3), (300, "sft", 3.0, 3)
+    ]  # fmt: skip
+    assert len(runs) == 8
+    for unfair in ({"rba": [1.0, 2.0], "sft": [1.0]}, {"rba": [1.0, 2.0], "sft": [1.0, 1.0]}, {"rba": [1.0]}):
+        with pytest.raises(ValueError, match="expected two arms or more with the same number"):
+            grid(plan(**unfair))
+
+
+def test_the_best_dev_score_is_chosen_and_an_edge_is_told():
+    study = plan(rba=[1.0, 2.0, 3.0], sft=[1.0, 2.0, 3.0])
+    runs = grid(study)
+    scores = {run: 0.5 + 0.1 * (run.learning_rate == 2.0 and run.arm == "rba") for run in runs}
+    best = choose(runs, scores)
+    assert best[300, "rba"] == Run(arm="rba", prompts=300, learning_rate=2.0, seed=3)
+    assert best[300, "sft"].learning_rate == 1.0, "the smaller one where all are alike"
+    assert [is_bracketed(study, best[300, arm]) for arm in ("rba", "sft")] == [True, False]
