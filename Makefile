@@ -8,7 +8,8 @@
 # make clean    remove what building and testing left; keeps .venv* and runs/
 #
 # Variables: PYTHON (which interpreter makes .venv), TORCH (what pip is asked for), CONSTRAINTS (pinned versions),
-# NEMO (another version of NeMo, with constraints-$(NEMO).txt in .venv-$(NEMO): make test NEMO=2.7.3).
+# JOBS (processes of make test), NEMO (another version of NeMo, with constraints-$(NEMO).txt in .venv-$(NEMO):
+# make test NEMO=2.7.3).
 
 PYTHON ?= python3
 NEMO ?=
@@ -16,6 +17,7 @@ VENV ?= .venv$(NEMO:%=-%)
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints$(NEMO:%=-%).txt
 CONFIG ?= rba_tiny
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -30,7 +32,7 @@ align: $(STAMP)
 	$(BIN)/python examples/rba_align.py --config-name=$(CONFIG)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -62,6 +62,6 @@ setup(
     ],
     extras_require={
         "filters": SYNTHESIS_FILTERS,
-        "test": ["pytest", "ruff", *SYNTHESIS_FILTERS],
+        "test": ["pytest", "pytest-xdist", "ruff", *SYNTHESIS_FILTERS],
     },
 )

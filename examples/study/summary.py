@@ -119,6 +119,7 @@ def _picture(results: dict[str, dict], labels: Sequence[str]) -> bytes:
             )  # fmt: skip
         axes.axhline(0, color=plots.GREY, linewidth=1, zorder=0)
         axes.set_xticks(range(len(results)), [f"{size} prompts" for size in results])
+        axes.set_xlim(-0.5, len(results) - 0.5)
         axes.set_ylabel("modality gap closed, %")
         axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
         canvas.savefig(buffer := io.BytesIO(), format="png", dpi=160, facecolor="white")

@@ -12,7 +12,7 @@ import pytest
 
 WORKER = str(Path(__file__).with_name("launch_worker.py"))
 LAUNCHERS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def environment() -> dict[str, str]:

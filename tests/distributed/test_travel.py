@@ -35,6 +35,7 @@ def folder(llama_salm, manifest, tmp_path_factory):
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node=2",
         str(tests / "distributed/travel.py"),
     ]
