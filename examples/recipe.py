@@ -43,6 +43,7 @@ from nemo_rba.models.rba_speech_lm import RBASpeechLM
 from nemo_rba.protocols import RolloutSource, Teacher
 
 SYNTHESIS = ("teacher", "synthesis")  # what each stage's result depends on
+TAUGHT = ("sampler", "instruction_filters", "spoken_form", "speech_filters", "response_filters")  # may need the teacher
 OWN = ("kl_controller", "importance")  # optional, and for a loss on own answers
 ALIGNMENT = (
     "model", "teacher", "rollouts", "reward", "advantage", "objective", "policy", "schedule", "num_minibatches", "data",
@@ -191,9 +192,15 @@ def synthesize(cfg: DictConfig, folder: Path) -> None:
     """Stage a: the teacher's instructions and answers, spoken."""
     teacher = instantiate(cfg.teacher)
     pipeline = instantiate(cfg.synthesis)
-    pipeline(teacher=teacher, sampler=pipeline.keywords["sampler"](teacher=teacher), output=str(folder)).run(
-        OmegaConf.to_container(cfg.synthesis, resolve=True)
-    )
+
+    def complete(part):
+        """``part``, and every ``_partial_`` in it, with the teacher it waits for."""
+        if isinstance(part, list):
+            return [complete(item) for item in part]
+        return part(teacher=teacher) if isinstance(part, partial) else part
+
+    waiting = {name: complete(pipeline.keywords[name]) for name in TAUGHT}
+    pipeline(teacher=teacher, output=str(folder), **waiting).run(OmegaConf.to_container(cfg.synthesis, resolve=True))
 
 
 def loader_builder(cfg: DictConfig, manifest: Path, quarantine: Path, *, train: bool) -> Callable[..., SpeechLoader]:

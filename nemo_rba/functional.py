@@ -130,5 +130,6 @@ def _groups(prompt_index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def typed(instruction: Instruction) -> str:
-    """What a reader gets instead of the speech: the typed context, if there is one, and the words spoken."""
-    return f"{instruction.context} {instruction.text}" if instruction.context else instruction.text
+    """What a reader gets instead of the speech: the typed context, if there is one, and the words as one types them."""
+    words = instruction.typed or instruction.text
+    return f"{instruction.context} {words}" if instruction.context else words

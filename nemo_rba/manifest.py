@@ -3,9 +3,9 @@
 
 A cut holds the speech as its recording and ``supervisions[0].text`` = the words said. Its custom fields are
 ``response`` (the teacher's answer), ``task``, ``context`` (typed text beside the speech), ``speaker``, ``teacher`` (who
-answered), ``rba_manifest`` = 1, and, where there are any, ``aliases`` (a list of other right answers). On disk it is a
-Lhotse Shar folder (``cuts.000000.jsonl.gz`` beside ``recording.000000.tar``) or a JSONL of cuts that name audio files.
-Sounds are 16-bit.
+answered), ``rba_manifest`` = 1, and, where there are any, ``typed`` (how the words are written, if not as they are
+spoken) and ``aliases`` (a list of other right answers). On disk it is a Lhotse Shar folder (``cuts.000000.jsonl.gz``
+beside ``recording.000000.tar``) or a JSONL of cuts that name audio files. Sounds are 16-bit.
 """
 
 import gzip
@@ -62,6 +62,8 @@ def utterance_to_cut(utterance: Utterance, *, teacher: str) -> MonoCut:
         "teacher": teacher,
         "rba_manifest": MANIFEST_VERSION,
     }
+    if instruction.typed:
+        cut.custom["typed"] = instruction.typed
     if instruction.aliases:
         cut.custom["aliases"] = list(instruction.aliases)
     return cut
@@ -76,6 +78,7 @@ def cut_to_instruction(cut: MonoCut) -> Instruction:
         response=custom["response"],
         task=custom["task"],
         context=custom["context"],
+        typed=custom.get("typed", ""),
         aliases=tuple(custom.get("aliases", ())),
     )
 
@@ -126,6 +129,8 @@ def _content_problem(texts: list[str | None], custom: dict | None) -> str | None
             return f"has a custom field {name} that is not text"
     if not custom["response"].strip():
         return "has an empty response"
+    if not isinstance(custom.get("typed", ""), str):
+        return "has a custom field typed that is not text"
     aliases = custom.get("aliases", [])
     if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias.strip() for alias in aliases):
         return "has a custom field aliases that is not a list of answers"

@@ -25,6 +25,7 @@ class Instruction:
     text: str  # the words spoken
     response: str  # the teacher's answer; "" before the teacher has answered
     task: str  # the family reported in tables, e.g. "arithmetic", "open"
+    typed: str = ""  # how it is written, where that is not how it is spoken: "5 kg" for "five kilograms"
     aliases: tuple[str, ...] = ()  # other right answers, where the response is one of few
     context: str = ""  # typed text that stands beside the speech in the prompt, e.g. "Translate into French:"
 

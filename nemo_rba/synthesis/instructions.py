@@ -16,9 +16,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nemo_rba.functional import typed
 from nemo_rba.protocols import Teacher
 from nemo_rba.synthesis.augment import keyed_seed
 from nemo_rba.synthesis.filters import Filter, apply_filters
+from nemo_rba.synthesis.spoken_form import Spoken, SpokenForm
 from nemo_rba.types import Instruction, SamplingParams
 
 
@@ -55,17 +57,12 @@ class MagpieSampler:
         return self._teacher.generate([self._pre_query] * self._batch_size, params)
 
 
-def user_message(text: str, context: str) -> dict[str, str]:
-    """The chat message of a typed context and the words said, as ``functional.typed`` has them."""
-    return {"role": "user", "content": f"{context} {text}" if context else text}
-
-
-def answer(teacher: Teacher, texts: Sequence[str], params: SamplingParams, context: str) -> list[str]:
-    """The teacher's answer to each text; "" where it did not end within ``params.max_new_tokens``."""
-    if not texts:
+def answer(teacher: Teacher, instructions: Sequence[Instruction], params: SamplingParams) -> list[str]:
+    """The teacher's answer to each, as one types it; "" where it did not end within ``params.max_new_tokens``."""
+    if not instructions:
         return []
-    prompts = [teacher.render([user_message(text, context)], open_turn="assistant") for text in texts]
-    return teacher.generate(prompts, params)
+    messages = [{"role": "user", "content": typed(instruction)} for instruction in instructions]
+    return teacher.generate([teacher.render([message], open_turn="assistant") for message in messages], params)
 
 
 Quota = tuple[str, str]  # (split, kind); kind "" = any
@@ -83,12 +80,14 @@ class TextResult:
 
 
 class TextStage:
-    """Sample -> filter -> assign a split -> answer -> filter, until the quotas are met.
+    """Sample -> filter -> put into spoken words -> filter -> assign a split -> answer -> filter, to meet the quotas.
 
     Args:
         teacher: who answers.
         sampler: where instructions come from; anything with ``batch(index) -> list[str]``.
-        instruction_filters: applied before answering, so that no answer is wasted.
+        instruction_filters: applied to what the sampler wrote.
+        spoken_form: puts numbers and symbols into words; None speaks what was written.
+        speech_filters: applied to the words to be spoken, before answering, so that no answer is wasted.
         response_filters: applied to instruction and answer.
         response_params: how answers are sampled; the seed is replaced by one for each batch.
         context: typed text beside the speech, the same for all; "" for none.
@@ -98,11 +97,12 @@ class TextStage:
     """
 
     def __init__(self, *, teacher: Teacher, sampler, instruction_filters: Sequence[Filter],
-                 response_filters: Sequence[Filter], response_params: SamplingParams, context: str,
-                 split_of: Callable[[str], str], task_of: Callable[[str], str], kind_of: Callable[[str], str],
-                 folder: Path, seed: int):  # fmt: skip
+                 spoken_form: SpokenForm | None, speech_filters: Sequence[Filter], response_filters: Sequence[Filter],
+                 response_params: SamplingParams, context: str, split_of: Callable[[str], str],
+                 task_of: Callable[[str], str], kind_of: Callable[[str], str], folder: Path, seed: int):  # fmt: skip
         self._teacher, self._sampler, self._params, self._context = teacher, sampler, response_params, context
         self._instruction_filters, self._response_filters = instruction_filters, response_filters
+        self._spoken_form, self._speech_filters = spoken_form, speech_filters
         self._split_of, self._task_of, self._kind_of = split_of, task_of, kind_of
         self._folder, self._seed = folder, seed
 
@@ -130,11 +130,19 @@ class TextStage:
             for number, text in enumerate(texts)
         ]
         plausible, _, dropped = apply_filters(sampled, self._instruction_filters)
+        said = self._say(plausible, path, stored and dict(zip([i.id for i in sampled], stored, strict=True)))
+        worded = [replace(i, text=s.text, typed=i.text if s.text != i.text else "") for i, s in said if not s.reason]
+        unspoken = [(i, f"spoken form: {spoken.reason}") for i, spoken in said if spoken.reason]
+        plausible, _, silenced = apply_filters(worded, self._speech_filters)
         wanted, unwanted = self._choose(plausible, lacking)
         if stored is None:
             responses = self._answer(index, wanted)
             by_id = dict(zip([i.id for i in wanted], responses, strict=True))
-            write_jsonl(path, [{"text": t, "response": by_id.get(i.id)} for t, i in zip(texts, sampled, strict=True)])
+            forms = {i.id: {"spoken": list(spoken)} for i, spoken in said} if self._spoken_form is not None else {}
+            write_jsonl(path, [
+                {"text": t, "response": by_id.get(i.id)} | forms.get(i.id, {})
+                for t, i in zip(texts, sampled, strict=True)
+            ])  # fmt: skip
         else:
             responses = [row["response"] for row in stored if row["response"] is not None]
             if len(responses) != len(wanted):
@@ -144,7 +152,7 @@ class TextStage:
             for instruction, response in zip(wanted, responses, strict=True)
         ]
         kept, _, refused = apply_filters(answered, self._response_filters)
-        result.dropped += dropped + unwanted + refused
+        result.dropped += dropped + unspoken + silenced + unwanted + refused
         for instruction in kept:
             quota = self._quota(instruction, lacking)
             lacking[quota] -= 1
@@ -153,7 +161,19 @@ class TextStage:
 
     def _answer(self, index: int, wanted: list[Instruction]) -> list[str]:
         params = replace(self._params, seed=keyed_seed(self._seed, f"answers/{index}"))
-        return answer(self._teacher, [instruction.text for instruction in wanted], params, self._context)
+        return answer(self._teacher, wanted, params)
+
+    def _say(
+        self, instructions: list[Instruction], path: Path, stored: dict[str, dict] | None
+    ) -> list[tuple[Instruction, Spoken]]:
+        """How each is spoken, or why it cannot be; ``stored``: the rows of ``path`` by id, if it was written."""
+        if self._spoken_form is None:
+            return [(instruction, Spoken(instruction.text, None)) for instruction in instructions]
+        if stored is None:
+            return list(zip(instructions, self._spoken_form([i.text for i in instructions]), strict=True))
+        if not all("spoken" in stored[instruction.id] for instruction in instructions):
+            raise ValueError(f"{path} does not fit this configuration; delete it to have it written again")
+        return [(instruction, Spoken(*stored[instruction.id]["spoken"])) for instruction in instructions]
 
     def _choose(self, instructions: list[Instruction], lacking: Counter):
         """Those that some quota still has room for, and the others with their reason."""

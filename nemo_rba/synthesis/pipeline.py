@@ -28,6 +28,7 @@ from nemo_rba.protocols import TTS, Teacher
 from nemo_rba.synthesis.augment import keyed_rng
 from nemo_rba.synthesis.filters import Filter, normalize_text
 from nemo_rba.synthesis.instructions import Quota, TextResult, TextStage, write_jsonl, write_text
+from nemo_rba.synthesis.spoken_form import SpokenForm
 from nemo_rba.types import Instruction, SamplingParams, Utterance
 
 Augment = Callable[[Tensor, int, str], Tensor]
@@ -64,8 +65,8 @@ class SelfSynthesis:
     """The whole pipeline; ``run`` does what is not yet done.
 
     Args:
-        teacher, sampler, instruction_filters, response_filters, response_params, context, split_of, task_of, kind_of:
-            the text stage, see ``TextStage``.
+        teacher, sampler, instruction_filters, spoken_form, speech_filters, response_filters, response_params, context,
+            split_of, task_of, kind_of: the text stage, see ``TextStage``.
         teacher_name: kept in every cut, e.g. ``meta-llama/Llama-3.1-8B-Instruct``.
         splits: what to make, in the order of making.
         train_split: the split that the others must share no instruction with, nor a speaker unless ``seen_speakers``.
@@ -84,6 +85,7 @@ class SelfSynthesis:
     """
 
     def __init__(self, *, teacher: Teacher, teacher_name: str, sampler, instruction_filters: Sequence[Filter],
+                 spoken_form: SpokenForm | None, speech_filters: Sequence[Filter],
                  response_filters: Sequence[Filter], response_params: SamplingParams, context: str,
                  splits: Sequence[Split], train_split: str, split_of: Callable[[str], str],
                  task_of: Callable[[str], str], kind_of: Callable[[str], str], max_batches: int, allow_fewer: bool,
@@ -98,9 +100,12 @@ class SelfSynthesis:
         self._output, self._seed = Path(output), seed
         self._text = {
             "teacher": teacher, "sampler": sampler, "response_params": response_params, "context": context,
-            "split_of": split_of, "task_of": task_of, "kind_of": kind_of, "seed": seed,
+            "spoken_form": spoken_form, "split_of": split_of, "task_of": task_of, "kind_of": kind_of, "seed": seed,
         }  # fmt: skip
-        self._filters = {"instruction_filters": instruction_filters, "response_filters": response_filters}
+        self._filters = {
+            "instruction_filters": instruction_filters, "speech_filters": speech_filters,
+            "response_filters": response_filters,
+        }  # fmt: skip
         _check_output(self._output, splits)
 
     def run(self, config: Mapping) -> dict:

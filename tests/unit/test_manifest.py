@@ -32,6 +32,7 @@ def make_utterance(number: int, seconds: float = 0.1) -> Utterance:
             response=f'so: "{number}"\n\tund | mehr',
             task="names",
             context="Antworte kurz:" if number % 2 else "",
+            typed=f"wie heißt nr. {number} 中文" if number % 2 else "",
             aliases=("eins", "1") if number % 2 else (),
         ),
         audio=torch.rand(int(seconds * RATE) + number, generator=generator) * 2 - 1,
@@ -117,6 +118,7 @@ def test_validate_cut_gives_the_reason():
     assert check(changed(response=None)) == "has no custom field response"
     assert check(changed(task=3)) == "has a custom field task that is not text"
     assert check(changed(aliases=["four", "4"])) is None
+    assert check(changed(typed=["4"])) == "has a custom field typed that is not text"
     for wrong in ("four", ["four", ""], [4]):
         assert check(changed(aliases=wrong)) == "has a custom field aliases that is not a list of answers"
     assert check(good, sampling_rate=8000) == "is sampled at 16000 Hz, expected 8000 Hz"

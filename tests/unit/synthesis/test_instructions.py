@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from dataclasses import replace
 
 import pytest
 
 from nemo_rba.synthesis.filters import CallableFilter, DuplicateFilter, ResponseFilter
-from nemo_rba.synthesis.instructions import MagpieSampler, TextStage, answer, user_message
-from nemo_rba.types import SamplingParams
+from nemo_rba.synthesis.instructions import MagpieSampler, TextStage, answer
+from nemo_rba.synthesis.spoken_form import Spoken
+from nemo_rba.types import Instruction, SamplingParams
 
 from .conftest import FakeTeacher
 
@@ -23,6 +25,8 @@ def stage(folder, teacher=None, **changes) -> TextStage:
         "teacher": teacher,
         "sampler": sampler(teacher, batch_size=20),
         "instruction_filters": [DuplicateFilter()],
+        "spoken_form": None,
+        "speech_filters": [],
         "response_filters": [ResponseFilter(max_words=10)],
         "response_params": PARAMS,
         "context": "",
@@ -64,9 +68,48 @@ def test_impossible_sampling_is_refused(teacher):
 
 
 def test_answers_follow_context_and_text():
-    assert user_message("hello", "") == {"role": "user", "content": "hello"}
-    assert user_message("hello", "Say:") == {"role": "user", "content": "Say: hello"}
-    assert answer(FakeTeacher(), ["one two"], PARAMS, "Say:") == ["two one Say: 0"]
+    said = Instruction(id="1", text="one two", response="", task="", context="Say:")
+    assert answer(FakeTeacher(), [said], PARAMS) == ["two one Say: 0"]
+    assert answer(FakeTeacher(), [replace(said, typed="1 2")], PARAMS) == ["2 1 Say: 0"], "as one types it"
+    assert answer(FakeTeacher(), [], PARAMS) == []
+
+
+class Talker:
+    """A spoken form: red is blue, and dogs cannot be spoken of."""
+
+    calls = 0
+
+    def __call__(self, texts):
+        self.calls += 1
+        return [Spoken(t.replace("red", "blue"), "has dogs" if "dog" in t else None) for t in texts]
+
+
+def test_what_is_typed_is_spoken_in_words_and_kept(tmp_path):
+    quotas, talker = {("train", ""): 40}, Talker()
+    no_hello = CallableFilter(name="no hello", keep=lambda text: "hello" not in text)
+    settings = {"spoken_form": talker, "speech_filters": [no_hello, DuplicateFilter()]}
+    first = stage(tmp_path, **settings).run(quotas, max_batches=60)
+    items = first.splits["train"]
+    assert len(items) == 40
+    assert not any(word in item.text for item in items for word in ("red", "dog", "hello"))
+    changed = [item for item in items if item.typed]
+    assert changed
+    assert all(item.text == item.typed.replace("red", "blue") != item.typed for item in changed)
+    typed_words = " ".join(reversed(changed[0].typed.split()))
+    assert changed[0].response.startswith(typed_words), "the teacher reads what was typed"
+    reasons = {reason for _, reason in first.dropped}
+    assert {"spoken form: has dogs", "no hello: refused"} <= reasons
+    assert len(items) + len(first.dropped) == first.num_sampled, "nothing is lost on the way"
+    calls = talker.calls
+    again = stage(tmp_path, **settings | {"speech_filters": [no_hello, DuplicateFilter()]}).run(quotas, max_batches=60)
+    assert again == first
+    assert talker.calls == calls, "what was put into words is kept"
+
+
+def test_a_batch_without_spoken_forms_does_not_fit(tmp_path):
+    stage(tmp_path).run({("train", ""): 20}, max_batches=9)
+    with pytest.raises(ValueError, match=r"batch-00000.jsonl does not fit this configuration"):
+        stage(tmp_path, spoken_form=Talker()).run({("train", ""): 20}, max_batches=9)
 
 
 def test_quotas_are_met_exactly(tmp_path):

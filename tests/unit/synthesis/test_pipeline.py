@@ -49,6 +49,8 @@ def build(output: Path, *, teacher=None, tts=None, **changes) -> SelfSynthesis:
         "teacher_name": "fake",
         "sampler": sampler,
         "instruction_filters": [LengthFilter(min_words=1, max_words=9, max_characters=99), DuplicateFilter()],
+        "spoken_form": None,
+        "speech_filters": [],
         "response_filters": [ResponseFilter(max_words=9)],
         "response_params": SamplingParams(max_new_tokens=9),
         "context": "",
