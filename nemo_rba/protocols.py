@@ -92,6 +92,8 @@ class RolloutSource(Protocol):
     """Where answers come from: the policy (on-policy) or the teacher (distillation). The hinge of the design."""
 
     group_size: int  # answers per prompt it gives
+    on_policy: bool  # the answers are the policy's own; it then has ``max_new_tokens``, the longest one
+    num_unfinished: int  # answers of its last call that were to be new and did not come to an end: others stand in
 
     def __call__(self, policy: Policy, batch: SpeechBatch, seed: int) -> list[Rollout]:
         """Rollouts ordered by prompt, the same number for each."""

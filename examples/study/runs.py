@@ -9,8 +9,6 @@ from pathlib import Path
 from hydra import compose
 from omegaconf import DictConfig
 
-SPLIT = "train"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:

@@ -43,7 +43,7 @@ def write_study(study: Study, folder: Callable[[DictConfig, Run], Path]) -> None
         Heading("How much of the modality gap was closed"),
         Figure("sizes", _picture(results, list(labels.values())), _caption(study)),
         Table(["arm", *(f"{size} prompts" for size in results)], _rows(results, labels.values())),
-        Heading("Learning rates: dev score of each, in percent of requests obeyed; the chosen one is marked"),
+        Heading(f"Learning rates: 100 x {_monitor(study)} on dev of each; the chosen one is marked"),
         *(_grid(study, int(size)) for size in results),
         Heading("Protocol"),
         Bullets(_protocol(study)),
@@ -75,7 +75,7 @@ def _report(study: Study, prompts: int, folder: Callable, output: Path) -> dict:
         predictions=[prediction for prediction in study.predictions if prediction.system in systems],
         curves=TrainingCurves(
             runs={arms[arm]: [p / "metrics.jsonl" for p in found] for arm, found in paths.items()},
-            panels={"Dev": cfg.exp_manager.checkpoint_callback_params.monitor, "Reward": "reward/mean"},
+            panels={"Dev": _monitor(study), "Reward": "reward/mean"},
             step="step",
         ),
         budget={
@@ -90,6 +90,10 @@ def _report(study: Study, prompts: int, folder: Callable, output: Path) -> dict:
         num_draws=cfg.evaluation.num_draws,
         seed=cfg.seed,
     )  # fmt: skip
+
+
+def _monitor(study: Study) -> str:
+    return study.recipe.exp_manager.checkpoint_callback_params.monitor
 
 
 def _closed(result: dict, label: str) -> dict:
@@ -150,6 +154,7 @@ def _protocol(study: Study) -> list[str]:
     return [
         "Every arm: the same start, batches, clips heard, voices, noise, frozen parts and checkpoint rule; a grid of "
         f"learning rates of the same size, chosen on dev with seed {seeds[0]}. Test sets were read once, at the end.",
-        f"Seeds {seeds}: each draws its own prompts from the same pool, its own order and its own samples.",
+        f"Seeds {seeds}: each draws its own prompts from the same pool of {study.recipe.data.num_train} (all of it "
+        "where a size is as large), its own order and its own samples.",
         "Budgets are equal in clips heard, not in time; the time of a run is in the table, two runs side by side.",
     ]

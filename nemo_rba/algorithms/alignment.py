@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from nemo_rba.algorithms.advantage import estimate
+from nemo_rba.algorithms.advantage import estimate, silent_share
 from nemo_rba.algorithms.controls import Controls
 from nemo_rba.algorithms.importance import Importance
 from nemo_rba.algorithms.loss_terms import PolicyGradientLoss
@@ -99,7 +99,11 @@ class RBAAlignment(LightningModule):
             self.controls.after_step(metrics, self.objective, first=not steps)
             steps.append(metrics)
         self.num_batches += 1
-        return _mean(steps) | data_parallel_mean(describe(rollouts, rewards, parts, index))
+        described = describe(rollouts, rewards, parts, index)
+        described["rollout/unfinished"] = self.source.num_unfinished / len(rollouts)
+        if self.objective.needs_advantages:
+            described["rollout/silent_groups"] = silent_share(advantages, index)
+        return _mean(steps) | data_parallel_mean(described)
 
     def _greedy_rewards(self, batch: SpeechBatch) -> Tensor:
         """Reward of the student's greedy answer to each prompt (B,), for estimators that compare with it."""
@@ -239,7 +243,7 @@ def check_choices(
         ValueError: the advantage or the loss compares more answers to a prompt than the source gives, or the advantage
             asks for greedy answers of a source that samples none, or the loss has no place for importance weights.
     """
-    if importance is not None and not (isinstance(objective, PolicyGradientLoss) and hasattr(source, "max_new_tokens")):
+    if importance is not None and not (isinstance(objective, PolicyGradientLoss) and source.on_policy):
         raise ValueError(
             f"{type(importance).__name__} weighs the tokens of a policy gradient on own answers, but the loss is "
             f"{type(objective).__name__} on {type(source).__name__}; leave importance out"
@@ -253,7 +257,7 @@ def check_choices(
                 f"{type(choice).__name__} compares {least} or more answers to the same prompt, but "
                 f"rollouts.group_size is {source.group_size}; raise it, or set advantage=none"
             )
-    if getattr(advantage, "needs_greedy", False) and not hasattr(source, "max_new_tokens"):
+    if getattr(advantage, "needs_greedy", False) and not source.on_policy:
         raise ValueError(
             f"{type(advantage).__name__} compares with the student's greedy answer, but {type(source).__name__} lets "
             "it write none; set rollouts=policy, or another advantage"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What steers a run while it trains, and ends it when it has gone wrong: one object that is saved and resumed whole."""
 
+import math
 from typing import Protocol
 
 from nemo_rba.algorithms.controllers import AdaptiveKL
@@ -65,8 +66,12 @@ class Controls:
     def after_step(self, metrics: Metrics, objective: Objective, *, first: bool) -> None:
         """Take one optimiser step's metrics, and add the coefficient it was made with.
 
-        ``first``: of this batch of rollouts, where ``kl/old`` is 0 by nature.
+        ``first``: of this batch of rollouts, where ``kl/old`` is 0 by nature. Raises ``RunStopped`` when a metric is
+        nan or infinite, watcher or not: no controller can follow it.
         """
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise RunStopped(f"{name} is {value}: the run has diverged")
         self.schedule.update(None if first else metrics.get("kl/old"))
         if self.kl_controller is not None:
             metrics["kl/coefficient"] = objective.kl_coefficient

@@ -21,6 +21,9 @@ from nemo_rba.types import Instruction, Rollout, RolloutBatch, SamplingParams, S
 class PolicyRollouts:
     """G answers of the student itself to each spoken prompt."""
 
+    on_policy = True
+    num_unfinished = 0  # a truncated answer is an answer
+
     def __init__(self, *, group_size: int, max_new_tokens: int, temperature: float, top_p: float):
         if group_size < 1:
             raise ValueError(f"rollouts.group_size must be 1 or more, got {group_size}")
@@ -42,6 +45,8 @@ class TeacherRollouts:
     """The teacher's stored answer to each spoken prompt: the data of supervised fine-tuning."""
 
     group_size = 1
+    on_policy = False
+    num_unfinished = 0
 
     def __call__(self, policy: Policy, batch: SpeechBatch, seed: int) -> list[Rollout]:
         return [
@@ -64,9 +69,16 @@ class FreshTeacherRollouts:
     did not come to an end, its stored answer takes the place, and ``num_unfinished`` counts it.
     """
 
+    on_policy = False
+
     def __init__(self, *, teacher: Teacher, group_size: int, max_new_tokens: int, temperature: float, top_p: float):
         if group_size < 1:
             raise ValueError(f"rollouts.group_size must be 1 or more, got {group_size}")
+        if temperature <= 0:
+            raise ValueError(
+                f"rollouts.temperature {temperature} makes every new answer the same one; expected above 0, or "
+                "rollouts=teacher for the stored answers"
+            )
         self.teacher, self.group_size, self.max_new_tokens = teacher, group_size, max_new_tokens
         self.temperature, self.top_p = temperature, top_p
         self.num_unfinished = 0
@@ -81,7 +93,7 @@ class FreshTeacherRollouts:
         answers = self.teacher.generate(
             [transcript_prompt(self.teacher, instruction) for _, instruction in asked], params
         )
-        self.num_unfinished += answers.count("")
+        self.num_unfinished = answers.count("")
         responses = [answer or instruction.response for answer, (_, instruction) in zip(answers, asked, strict=True)]
         return [
             Rollout(

@@ -268,6 +268,20 @@ def test_a_run_that_has_gone_wrong_is_stopped_with_its_reason():
         module.controls.watch({"loss/policy": float("nan")})
 
 
+def test_a_step_without_numbers_ends_the_run_before_a_controller_follows_it():
+    controller = AdaptiveKL(coefficient=0.5, target=1e-3, horizon_steps=2)
+    module, _ = make(clipped(kl=0.1), kl_controller=controller)
+    with pytest.raises(RunStopped, match="grad_norm is inf: the run has diverged"):
+        module.align(speech_batch(), lambda: {"grad_norm": float("inf")})
+    assert controller.value == 0.5
+
+
+def test_groups_without_an_advantage_are_told():
+    module, step = make(clipped())
+    history = [module.align(speech_batch(), step) for _ in range(40)]
+    assert history[-1]["rollout/silent_groups"] == history[-1]["rollout/constant_groups"] > 0
+
+
 def test_controls_are_saved_and_resumed():
     def build():
         controller = AdaptiveKL(coefficient=0.5, target=1e-3, horizon_steps=2)
@@ -314,8 +328,14 @@ def test_a_teacher_answers_anew_each_time():
     assert [rollout.response for rollout in first] == ["yes", "no", "yes", "no", "yes", "no", "yes", "no"]
     assert [rollout.response for rollout in second] == ["no", "yes", "no", "yes", "yes", "yes", "no", "yes"]
     assert first[1].token_ids.tolist() == [1, 2]
-    assert source.num_unfinished == 2, "whose place the stored answer took"
+    assert source.num_unfinished == 1, "whose place the stored answer took"
     module, step = make(DistillationLoss(), source=source)
-    assert module.align(speech_batch(), step)["loss/distillation"] > 0
+    metrics = module.align(speech_batch(), step)
+    assert metrics["loss/distillation"] > 0
+    assert metrics["rollout/unfinished"] == 1 / 8
+    with pytest.raises(ValueError, match="makes every new answer the same one"):
+        FreshTeacherRollouts(teacher=None, group_size=1, max_new_tokens=4, temperature=0.0, top_p=1.0)
+    with pytest.raises(ValueError, match="on FreshTeacherRollouts; leave importance out"):
+        check_choices(source, LeaveOneOut(), clipped(), TruncatedImportance(maximum=2.0))
     with pytest.raises(ValueError, match=r"rollouts\.group_size must be 1 or more, got 0"):
         FreshTeacherRollouts(teacher=None, group_size=0, max_new_tokens=4, temperature=1.0, top_p=1.0)
