@@ -4,8 +4,9 @@
 A cut holds the speech as its recording and ``supervisions[0].text`` = the words said. Its custom fields are
 ``response`` (the teacher's answer), ``task``, ``context`` (typed text beside the speech), ``speaker``, ``teacher`` (who
 answered), ``rba_manifest`` = 1, and, where there are any, ``typed`` (how the words are written, if not as they are
-spoken) and ``aliases`` (a list of other right answers). On disk it is a Lhotse Shar folder (``cuts.000000.jsonl.gz``
-beside ``recording.000000.tar``) or a JSONL of cuts that name audio files. Sounds are 16-bit.
+spoken), ``aliases`` (a list of other right answers) and ``extra`` (what a benchmark's measure needs besides, such as
+IFEval's constraints). On disk it is a Lhotse Shar folder (``cuts.000000.jsonl.gz`` beside ``recording.000000.tar``) or
+a JSONL of cuts that name audio files. Sounds are 16-bit.
 """
 
 import gzip
@@ -66,6 +67,8 @@ def utterance_to_cut(utterance: Utterance, *, teacher: str) -> MonoCut:
         cut.custom["typed"] = instruction.typed
     if instruction.aliases:
         cut.custom["aliases"] = list(instruction.aliases)
+    if instruction.extra:
+        cut.custom["extra"] = dict(instruction.extra)
     return cut
 
 
@@ -80,6 +83,7 @@ def cut_to_instruction(cut: MonoCut) -> Instruction:
         context=custom["context"],
         typed=custom.get("typed", ""),
         aliases=tuple(custom.get("aliases", ())),
+        extra=custom.get("extra", {}),
     )
 
 
@@ -94,12 +98,14 @@ def cut_to_utterance(cut: MonoCut) -> Utterance:
     )
 
 
-def validate_cut(cut: MonoCut, *, sampling_rate: int, max_duration_seconds: float) -> str | None:
+def validate_cut(
+    cut: MonoCut, *, sampling_rate: int, max_duration_seconds: float, needs_response: bool = True
+) -> str | None:
     """Why a cut cannot be used, or None. Reasons hold no per-item values, so that they can be counted."""
     if not isinstance(cut, MonoCut):
         return f"is a {type(cut).__name__}, expected a MonoCut (one channel)"
     texts = [supervision.text for supervision in cut.supervisions]
-    reason = _content_problem(texts, cut.custom)
+    reason = _content_problem(texts, cut.custom, needs_response)
     if reason is not None:
         return reason
     if not cut.has_recording:
@@ -113,7 +119,7 @@ def validate_cut(cut: MonoCut, *, sampling_rate: int, max_duration_seconds: floa
     return None
 
 
-def _content_problem(texts: list[str | None], custom: dict | None) -> str | None:
+def _content_problem(texts: list[str | None], custom: dict | None, needs_response: bool) -> str | None:
     if not texts:
         return "has no supervision (supervisions[0].text is what is said)"
     if not texts[0] or not texts[0].strip():
@@ -127,13 +133,15 @@ def _content_problem(texts: list[str | None], custom: dict | None) -> str | None
             return f"has no custom field {name}"
         if not isinstance(custom[name], str):
             return f"has a custom field {name} that is not text"
-    if not custom["response"].strip():
+    if needs_response and not custom["response"].strip():
         return "has an empty response"
     if not isinstance(custom.get("typed", ""), str):
         return "has a custom field typed that is not text"
     aliases = custom.get("aliases", [])
     if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias.strip() for alias in aliases):
         return "has a custom field aliases that is not a list of answers"
+    if not isinstance(custom.get("extra", {}), dict):
+        return "has a custom field extra that is not an object"
     return None
 
 
@@ -189,24 +197,24 @@ class ManifestReport:
     problems: list[str] = field(default_factory=list)  # one sentence each, naming file and item
 
 
-def check_manifest(path: str | Path) -> ManifestReport:
+def check_manifest(path: str | Path, *, needs_response: bool = True) -> ManifestReport:
     """Scan every line and every archive header (not the sound) at setup. Raises ValueError as ``read_manifest``."""
     path = Path(path)
     report = ManifestReport()
     if path.is_dir():
         for cuts, recordings in zip(*_list_shards(path), strict=True):
-            ids = _scan_cuts(Path(cuts), report)
+            ids = _scan_cuts(Path(cuts), report, needs_response)
             _scan_archive(Path(recordings), ids, report)
     else:
         _require_jsonl(path)
-        _scan_cuts(path, report)
+        _scan_cuts(path, report, needs_response)
     report.problems += [f"{count} cuts of {path}: {reason}" for reason, count in report.reasons.items()]
     if report.num_cuts == 0:
         report.problems.append(f"{path} holds no readable cut")
     return report
 
 
-def _scan_cuts(path: Path, report: ManifestReport) -> list[str]:
+def _scan_cuts(path: Path, report: ManifestReport, needs_response: bool) -> list[str]:
     """Count the lines of one JSONL into ``report``; returns the ids of the readable ones."""
     ids = []
     for number, line in _read_lines(path, report):
@@ -223,7 +231,7 @@ def _scan_cuts(path: Path, report: ManifestReport) -> list[str]:
             report.problems.append(f"{path} line {number} ({item}) is cut off or not a cut; write the manifest again")
             continue
         report.num_cuts += 1
-        reason = _content_problem(texts, custom)
+        reason = _content_problem(texts, custom, needs_response)
         if reason is not None:
             report.reasons[reason] += 1
             continue

@@ -12,7 +12,8 @@ True = real; log-probabilities are natural-log float32 of the *untempered, untru
 temperature or nucleus the sampler used; audio is mono float32 in [-1, 1].
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,11 +24,12 @@ class Instruction:
 
     id: str
     text: str  # the words spoken
-    response: str  # the teacher's answer; "" before the teacher has answered
+    response: str  # the teacher's answer, or a benchmark's; "" before the teacher has answered, or where there is none
     task: str  # the family reported in tables, e.g. "arithmetic", "open"
     typed: str = ""  # how it is written, where that is not how it is spoken: "5 kg" for "five kilograms"
     aliases: tuple[str, ...] = ()  # other right answers, where the response is one of few
     context: str = ""  # typed text that stands beside the speech in the prompt, e.g. "Translate into French:"
+    extra: Mapping[str, object] = field(default_factory=dict)  # what a benchmark's measure needs besides; plain JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,7 +43,7 @@ def grid(study: DictConfig) -> list[Run]:
         raise ValueError(f"seeds are {list(study.seeds)}; expected one or more, each once: change seeds")
     return [
         Run(arm=arm, prompts=int(prompts), learning_rate=float(rate), seed=study.seeds[0])
-        for prompts in study.sizes
+        for prompts in study.prompts
         for arm, choice in study.arms.items()
         for rate in sorted(choice.learning_rates)
     ]
@@ -51,18 +51,25 @@ def grid(study: DictConfig) -> list[Run]:
 
 def config(study: DictConfig, run: Run) -> DictConfig:
     """The recipe as this run wants it."""
-    size = study.sizes[run.prompts]
+    arm = study.arms[run.arm]
+    steps, interval = budget(study, run.prompts, run.arm)
     cfg = compose(
         study.recipe,
         overrides=[
             *study.common, f"name={study.name}", f"arm={run.arm}", f"seed={run.seed}",
-            f"+data.train_items={run.prompts}", f"trainer.max_steps={size.max_steps}",
-            f"trainer.val_check_interval={size.val_check_interval}", f"learning_rate={run.learning_rate}",
-            *study.arms[run.arm].overrides,
+            f"+data.train_items={run.prompts}", f"trainer.max_steps={steps}",
+            f"trainer.val_check_interval={interval}", f"learning_rate={run.learning_rate}",
+            *arm.overrides,
         ],
     )  # fmt: skip
     cfg.baselines = {}  # the study has its own
     return cfg
+
+
+def budget(study: DictConfig, prompts: int, arm: str) -> tuple[int, int]:
+    """Optimiser steps of an arm, and steps between two dev scores."""
+    size, longer = study.budgets[prompts], study.arms[arm].get("longer", 1)
+    return round(size.max_steps * longer), round(size.val_check_interval * longer)
 
 
 def dev_score(folder: Path, monitor: str) -> float:

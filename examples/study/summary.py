@@ -17,7 +17,7 @@ from nemo_rba.evaluation.plots import TrainingCurves
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
 from nemo_rba.evaluation.runner import Prediction
-from study.runs import Run, is_bracketed
+from study.runs import Run, budget, is_bracketed
 
 FIXED = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade", "start": "Start (S0)"}
 
@@ -36,7 +36,7 @@ class Study:
 def write_study(study: Study, folder: Callable[[DictConfig, Run], Path]) -> None:
     """Reports of all sizes, then ``study.md`` and ``study.html`` in the study's folder."""
     output = Path(study.config.output)
-    results = {size: _report(study, int(size), folder, output / f"n{size}") for size in study.config.sizes}
+    results = {size: _report(study, int(size), folder, output / f"n{size}") for size in study.config.prompts}
     labels = {arm: choice.label for arm, choice in study.config.arms.items()}
     blocks = [
         *(Paragraph(f"{size} prompts. {line}", is_lead=True) for size, r in results.items() for line in r["headline"]),
@@ -64,7 +64,7 @@ def _report(study: Study, prompts: int, folder: Callable, output: Path) -> dict:
     systems = FIXED | {run.name: arms[arm] for arm, runs in final.items() for run in runs}
     paths = {arm: [folder(study.config, run) for run in runs] for arm, runs in final.items()}
     cfg = study.recipe
-    clips = study.config.sizes[prompts].max_steps // cfg.num_minibatches * cfg.data.batch_size
+    clips = {arm: budget(study.config, prompts, arm)[0] // cfg.num_minibatches * cfg.data.batch_size for arm in arms}
     seconds = {
         arm: [json.loads((p / "done.json").read_text())["seconds"] for p in found] for arm, found in paths.items()
     }
@@ -80,7 +80,7 @@ def _report(study: Study, prompts: int, folder: Callable, output: Path) -> dict:
         ),
         budget={
             arms[arm]: {
-                "rate": f"{study.chosen[prompts, arm].learning_rate:g}", "clips": f"{clips:,}",
+                "rate": f"{study.chosen[prompts, arm].learning_rate:g}", "clips": f"{clips[arm]:,}",
                 "time": f"{sum(found) / len(found):.0f} s",
             }
             for arm, found in seconds.items()

@@ -54,6 +54,7 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
         max_duration_seconds: longer cuts are unusable.
         max_response_tokens: longer responses, with their end of turn, are unusable.
         quarantine: JSONL file to append unusable items to. Ranks may share it: a line is one write.
+        needs_response: whether an item without a response is unusable; False for benchmarks that have none.
 
     Raises:
         ValueError: a limit is not positive, or the quarantine file cannot be written.
@@ -67,6 +68,7 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
         max_duration_seconds: float,
         max_response_tokens: int,
         quarantine: Path,
+        needs_response: bool = True,
     ):
         limits = {
             "sampling_rate": sampling_rate,
@@ -81,6 +83,7 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
         self.max_duration_seconds = max_duration_seconds
         self.max_response_tokens = max_response_tokens
         self.quarantine = Path(quarantine)
+        self.needs_response = needs_response
         self.counts: Counter[str] = Counter()  # "resampled", and the reasons for skipping, -> number of cuts
         self._counted: set[tuple[str, str]] = set()
         self._require_writable_quarantine()
@@ -118,7 +121,10 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
         first = (
             cut.to_mono()[0].with_id(cut.id) if isinstance(cut, MultiCut) else cut
         )  # the manifest's rules speak of one channel
-        reason = validate_cut(first, sampling_rate=self.sampling_rate, max_duration_seconds=self.max_duration_seconds)
+        reason = validate_cut(
+            first, sampling_rate=self.sampling_rate, max_duration_seconds=self.max_duration_seconds,
+            needs_response=self.needs_response,
+        )  # fmt: skip
         if reason is not None:
             raise Unusable(reason, f"{cut.duration:.2f} s of audio")
         instruction = cut_to_instruction(first)

@@ -16,7 +16,8 @@ recipe: rba_tiny
 workers: 1
 name: small
 seeds: [1, 2]
-sizes: {8: {max_steps: 2, val_check_interval: 2}}
+prompts: [8]
+budgets: {8: {max_steps: 2, val_check_interval: 2}}
 common: [data.num_train=12, data.num_dev=6, data.num_test=10, data.num_test_seen=6, data.batch_size=4,
   num_minibatches=1, warmup_steps=1, evaluation.num_draws=50,
   exp_manager.checkpoint_callback_params.monitor=val/obeys]
@@ -63,7 +64,7 @@ class Plan(dict):
 
 def plan(**rates) -> Plan:
     arms = {arm: Plan(learning_rates=found) for arm, found in rates.items()}
-    return Plan(arms=Plan(arms), seeds=[3, 4], sizes={"300": None, "1000": None})
+    return Plan(arms=Plan(arms), seeds=[3, 4], prompts=[300, 1000])
 
 
 def test_grids_are_of_equal_size_or_refused():

@@ -34,6 +34,7 @@ def make_utterance(number: int, seconds: float = 0.1) -> Utterance:
             context="Antworte kurz:" if number % 2 else "",
             typed=f"wie heißt nr. {number} 中文" if number % 2 else "",
             aliases=("eins", "1") if number % 2 else (),
+            extra={"options": ["A", "B"], "limit": 3} if number % 2 else {},
         ),
         audio=torch.rand(int(seconds * RATE) + number, generator=generator) * 2 - 1,
         sampling_rate=RATE,
@@ -115,6 +116,8 @@ def test_validate_cut_gives_the_reason():
     assert "no custom field rba_manifest" in check(changed(rba_manifest=None))
     assert check(changed(rba_manifest=2)) == "has rba_manifest 2, this version of nemo_rba reads 1"
     assert check(changed(response="")) == "has an empty response"
+    assert check(changed(response=""), needs_response=False) is None
+    assert check(changed(extra=["a"])) == "has a custom field extra that is not an object"
     assert check(changed(response=None)) == "has no custom field response"
     assert check(changed(task=3)) == "has a custom field task that is not text"
     assert check(changed(aliases=["four", "4"])) is None
