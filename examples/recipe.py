@@ -129,7 +129,7 @@ def preflight(cfg: DictConfig) -> None:
     Raises:
         SystemExit: everything that is wrong, and what to do about it.
     """
-    wrong = missing(cfg) + unfit(cfg)
+    wrong = missing(cfg) + unset(cfg) + unfit(cfg)
     if not wrong and "folder" in cfg.model:
         world_size = cfg.trainer.devices * cfg.trainer.num_nodes
         wrong = _complaint(partial(RBASpeechLM.check_salm, cfg.model.folder, world_size=world_size, **layout(cfg)))
@@ -161,6 +161,14 @@ def missing(cfg: DictConfig) -> list[str]:
             "node that has them, in the NGC container of the Dockerfile, or choose --config-name=rba_tiny for a CPU"
         )
     return lines
+
+
+def unset(cfg: DictConfig) -> list[str]:
+    """Keys that a choice leaves to the user."""
+    known = {need.key for need in cfg.requires}
+    return [
+        f"{key} is not set; expected a value: give {key}=..." for key in sorted(OmegaConf.missing_keys(cfg) - known)
+    ]
 
 
 def unfit(cfg: Container, path: str = "") -> list[str]:

@@ -55,6 +55,9 @@ class PromptEncoder(Protocol):
     def encode_prompt(self, instruction: Instruction) -> list[int]:
         """Prompt ids with the audio locator token once, the assistant's turn left open."""
 
+    def encode_typed(self, instruction: Instruction) -> list[int]:
+        """The same with the words, typed, where the locator would be."""
+
     def encode_response(self, response: str) -> list[int]:
         """Response ids with the end-of-turn token."""
 
@@ -62,8 +65,10 @@ class PromptEncoder(Protocol):
 class Policy(Protocol):
     """The student. Collective: every rank of a model-parallel group calls it with, and gets, the same values."""
 
-    def generate(self, batch: SpeechBatch, *, group_size: int, params: SamplingParams) -> list[Rollout]:
-        """``group_size`` answers per prompt, ordered by prompt, with their log-probabilities."""
+    def generate(
+        self, batch: SpeechBatch, *, group_size: int, params: SamplingParams, rows: Tensor | None = None
+    ) -> list[Rollout]:
+        """``group_size`` answers per prompt, ordered by prompt, with their log-probabilities; to some rows if given."""
 
     def logprobs(self, batch: RolloutBatch, *, reference: bool = False) -> Tensor:
         """Teacher-forced log-probabilities (N, T), 0 where masked; of the start model when ``reference``."""
@@ -94,9 +99,10 @@ class RolloutSource(Protocol):
     group_size: int  # answers per prompt it gives
     on_policy: bool  # the answers are the policy's own; it then has ``max_new_tokens``, the longest one
     num_unfinished: int  # answers of its last call that were to be new and did not come to an end: others stand in
+    max_resamples: int  # how often prompts whose answers are all equally good are asked again; 0 for never
 
-    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int) -> list[Rollout]:
-        """Rollouts ordered by prompt, the same number for each."""
+    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int, rows: Tensor | None = None) -> list[Rollout]:
+        """Rollouts ordered by prompt, the same number for each; to some rows of the batch where given."""
 
 
 class RewardFunction(Protocol):

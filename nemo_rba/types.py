@@ -44,18 +44,26 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeechBatch:
-    """B spoken prompts with the teacher's answers. Made by data, read by the model and by rollout sources."""
+    """B spoken prompts with the teacher's answers. Made by data, read by the model and by rollout sources.
+
+    Without audio (A = 0) they are typed prompts: the words stand in ``prompt_ids`` where the speech went.
+    """
 
     instructions: tuple[Instruction, ...]  # B
     audio: Tensor  # (B, A)
     audio_lens: Tensor  # (B,)
-    prompt_ids: Tensor  # (B, P), with the audio locator token once per row, where the speech goes
+    prompt_ids: Tensor  # (B, P), with the audio locator token once per row, where the speech goes; none when typed
     prompt_lens: Tensor  # (B,)
     response_ids: Tensor  # (B, T), teacher's answer with its end-of-turn token
     response_lens: Tensor  # (B,)
 
     def __len__(self) -> int:
         return len(self.instructions)
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether the words are read instead of heard."""
+        return self.audio.shape[1] == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

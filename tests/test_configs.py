@@ -101,6 +101,8 @@ def test_preflight_names_everything_that_is_missing():
         ("num_minibatches=1 schedule=kl_adaptive", "follows the KL between the first and the later updates"),
         ("objective=minimum_risk importance=masked", "MaskedImportance weighs the tokens of a policy gradient"),
         ("model.folder=nowhere", "model.folder = nowhere"),
+        ("reward=reward_model", "reward.parts.model.path is not set"),
+        ("rollouts=mixed rollouts.group_size=1", "the teacher's answer included, got 1"),
     ],
 )
 def test_preflight_refuses_what_cannot_work(override, expected):
@@ -116,6 +118,9 @@ def test_preflight_refuses_what_cannot_work(override, expected):
         ["kl_controller=adaptive", "schedule=kl_adaptive", "importance=truncated"],
         ["importance=masked", "objective=gspo", "watcher.min_entropy=null"],
         ["objective=distillation", "rollouts=teacher"],
+        ["rollouts=mixed", "advantage=group_normalized"],
+        ["rollouts=mixed", "rollouts.group_size=2", "objective=dpo", "reward=spin", "advantage=group_centred"],
+        ["rollouts=resampled", "objective=dr_grpo"],
     ],
 )
 def test_preflight_lets_choices_pass_that_go_together(overrides):

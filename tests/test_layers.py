@@ -14,9 +14,9 @@ PACKAGE = "nemo_rba"
 
 WORDS, GROUND, ROOMS, LOOPS = range(4)
 FLOORS = {
-    **dict.fromkeys(("types", "protocols", "functional", "manifest", "stages"), WORDS),
+    **dict.fromkeys(("types", "protocols", "functional", "manifest", "memory", "stages"), WORDS),
     **dict.fromkeys(("distributed", "conversion"), GROUND),
-    **dict.fromkeys(("synthesis", "data", "rewards", "modules", "checkpoint"), ROOMS),
+    **dict.fromkeys(("synthesis", "data", "rewards", "modules", "checkpoint", "benchmarks"), ROOMS),
     **dict.fromkeys(("algorithms", "evaluation", "models", "plan"), LOOPS),
 }
 # Upstream package -> the parts of ours that may import it, as prefixes of "room/module".
@@ -29,6 +29,7 @@ UPSTREAM = {
         "checkpoint/",
         "synthesis/tts",
         "synthesis/filters",
+        "synthesis/quality",
         "plan/shapes",
         "__init__",
     ),

@@ -19,8 +19,9 @@ from tiny import domain
 
 from bench.systems import TINY, Load, Times, alternate, batch_of, load_ours, noise_clips, num_parameters
 from nemo_rba.algorithms.alignment import RBAAlignment
+from nemo_rba.algorithms.collate import collate, select_prompts
 from nemo_rba.algorithms.controls import Controls
-from nemo_rba.algorithms.rollout import PolicyRollouts, collate, select_prompts
+from nemo_rba.algorithms.rollout import PolicyRollouts
 from nemo_rba.modules import generation
 from nemo_rba.modules.attention import PrefixPlan
 from nemo_rba.protocols import LikelihoodTeacher

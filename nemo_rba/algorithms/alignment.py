@@ -22,16 +22,17 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from nemo_rba.algorithms.advantage import estimate, silent_share
+from nemo_rba.algorithms.collate import collate, prompt_index
 from nemo_rba.algorithms.controls import Controls
 from nemo_rba.algorithms.importance import Importance
 from nemo_rba.algorithms.loss_terms import PolicyGradientLoss
-from nemo_rba.algorithms.rollout import TeacherRollouts, collate, prompt_index
+from nemo_rba.algorithms.rollout import Answers, TeacherRollouts, respond
 from nemo_rba.distributed.parallel import data_parallel_mean, data_parallel_sum
 from nemo_rba.functional import group_is_constant
 from nemo_rba.protocols import AdvantageEstimator, LikelihoodTeacher, Metrics, Objective, Policy, RolloutSource
 from nemo_rba.rewards.mixture import RewardMixture
 from nemo_rba.synthesis.teacher import check_same_vocabulary
-from nemo_rba.types import Rollout, SamplingParams, SpeechBatch
+from nemo_rba.types import SamplingParams, SpeechBatch
 
 SEEDS_PER_RUN = 1_000_003  # so that no two steps of two runs with neighbouring seeds sample alike
 
@@ -83,13 +84,13 @@ class RBAAlignment(LightningModule):
 
     def align(self, batch: SpeechBatch, take_step: Callable[[], Metrics]) -> Metrics:
         """One batch of spoken prompts, from answers to updated weights."""
-        rollouts = self.source(self.policy, batch, seed=self.seed * SEEDS_PER_RUN + self.num_batches)
-        rewards, parts = self.reward.score(rollouts)
-        index = prompt_index(rollouts)
-        advantages = torch.zeros_like(rewards)
+        seed = self.seed * SEEDS_PER_RUN + self.num_batches
+        answers = respond(self.source, self.policy, batch, self.reward, seed)
+        index, rollouts = prompt_index(answers.rollouts), answers.rollouts
+        advantages = torch.zeros_like(answers.rewards)
         if self.objective.needs_advantages:
             greedy = partial(self._greedy_rewards, batch)
-            advantages = estimate(self.advantage, rewards, index, parts=parts, greedy=greedy)
+            advantages = estimate(self.advantage, answers.rewards, index, parts=answers.parts, greedy=greedy)
         steps = []
         for minibatch in collate(
             batch, rollouts, advantages, policy=self.policy, objective=self.objective, teacher=self._teacher[0],
@@ -99,8 +100,10 @@ class RBAAlignment(LightningModule):
             self.controls.after_step(metrics, self.objective, first=not steps)
             steps.append(metrics)
         self.num_batches += 1
-        described = describe(rollouts, rewards, parts, index)
+        described = describe(answers)
         described["rollout/unfinished"] = self.source.num_unfinished / len(rollouts)
+        if self.source.max_resamples:
+            described["rollout/resampled"] = answers.num_resampled / len(batch)
         if self.objective.needs_advantages:
             described["rollout/silent_groups"] = silent_share(advantages, index)
         return _mean(steps) | data_parallel_mean(described)
@@ -214,17 +217,22 @@ class PolicyOptimizer(torch.optim.Optimizer):
         self.metrics = self._policy.step(self._schedule.value)
 
 
-def describe(rollouts: Sequence[Rollout], rewards: Tensor, parts: dict[str, Tensor], index: Tensor) -> Metrics:
-    """What a step's answers were like: rewards, lengths, and how many groups had nothing to compare."""
-    lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], dtype=torch.float32)
-    truncated = torch.tensor([rollout.truncated for rollout in rollouts], dtype=torch.float32)
+def describe(answers: Answers) -> Metrics:
+    """What a step's answers were like: rewards, lengths, and how many groups had nothing to compare.
+
+    Where the teacher's answers stand among the student's own, rewards and lengths are of the own ones.
+    """
+    own = torch.tensor([rollout.logprobs is not None for rollout in answers.rollouts])
+    own = own if own.any() else ~own
+    lengths = torch.tensor([len(rollout.token_ids) for rollout in answers.rollouts], dtype=torch.float32)
+    truncated = torch.tensor([rollout.truncated for rollout in answers.rollouts], dtype=torch.float32)
     values = {
-        "reward/mean": rewards.mean(),
-        "rollout/length": lengths.mean(),
-        "rollout/truncated": truncated.mean(),
-        "rollout/constant_groups": group_is_constant(rewards, index).float().mean(),
+        "reward/mean": answers.rewards[own].mean(),
+        "rollout/length": lengths[own].mean(),
+        "rollout/truncated": truncated[own].mean(),
+        "rollout/constant_groups": group_is_constant(answers.rewards, prompt_index(answers.rollouts)).float().mean(),
     }
-    values |= {f"reward/{name}": scores.mean() for name, scores in parts.items()}
+    values |= {f"reward/{name}": scores[own].mean() for name, scores in answers.parts.items()}
     return {name: float(value) for name, value in values.items()}
 
 

@@ -25,7 +25,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from nemo_rba.algorithms.rollout import select, select_prompts
+from nemo_rba.algorithms.collate import select, select_prompts
 from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.checkpoint.sharded import metadata, sharded_weights
 from nemo_rba.distributed import cpu, pipeline, vocab_parallel
@@ -108,9 +108,11 @@ class MegatronPolicy:
         model.config.no_sync_func = self._ddp.no_sync
         self._zero_grad()
 
-    def generate(self, batch: SpeechBatch, *, group_size: int, params: SamplingParams) -> list[Rollout]:
+    def generate(
+        self, batch: SpeechBatch, *, group_size: int, params: SamplingParams, rows: Tensor | None = None
+    ) -> list[Rollout]:
         """See ``protocols.Policy``."""
-        return _generate(self.model, batch, self._encode(batch), self.generation_batch_size, group_size, params)
+        return _generate(self.model, batch, self._encode(batch), self.generation_batch_size, group_size, params, rows)
 
     def encode_response(self, response: str) -> list[int]:
         """See ``protocols.Policy``."""
@@ -217,8 +219,11 @@ class MegatronPolicy:
 
     @torch.no_grad()
     def _shared_speech(self, prompts: SpeechBatch) -> EncodedSpeech | None:
-        """What the encoder gives for all microbatches; None where it learns, and has to run in each of them."""
-        if self._encoder_frozen:
+        """What the encoder gives for all microbatches; None where it learns, and has to run in each of them.
+
+        None also for typed prompts.
+        """
+        if self._encoder_frozen or prompts.is_typed:
             return self._encode(prompts)
         if pipeline.num_stages() == 1:
             return None
@@ -226,7 +231,9 @@ class MegatronPolicy:
         return None if pipeline.is_first_stage() else speech
 
     @torch.no_grad()
-    def _encode(self, batch: SpeechBatch) -> EncodedSpeech:
+    def _encode(self, batch: SpeechBatch) -> EncodedSpeech | None:
+        if batch.is_typed:
+            return None
         if self._speech is None or self._speech[0] is not batch or not self._encoder_frozen:
             self._speech = (batch, self.model.encode(batch))
         return self._speech[1]
@@ -243,7 +250,7 @@ def _forward_step(parts, model: Callable, *, judge: Callable, speech: EncodedSpe
     with cpu.plain_torch():
         output = model(
             select_prompts(part.prompts, prompts),
-            None if speech is None else _rows(speech, prompts),
+            _rows(speech, prompts),
             part.response_ids,
             part.response_mask,
             len(part) // len(prompts),
@@ -284,19 +291,22 @@ def _to(part: RolloutBatch, device: torch.device) -> RolloutBatch:
     return dataclasses.replace(part, **tensors)
 
 
-def _rows(speech: EncodedSpeech, rows: Tensor) -> EncodedSpeech:
+def _rows(speech: EncodedSpeech | None, rows: Tensor) -> EncodedSpeech | None:
+    if speech is None:
+        return None
     rows = rows.to(speech.features.device)
     return EncodedSpeech(speech.features[rows], speech.lens[rows])
 
 
 def _generate(
-    model: nn.Module, batch: SpeechBatch, speech: EncodedSpeech, size: int, group_size: int, params: SamplingParams
+    model: nn.Module, batch: SpeechBatch, speech: EncodedSpeech | None, size: int, group_size: int,
+    params: SamplingParams, rows: Tensor | None = None,
 ) -> list[Rollout]:  # fmt: skip
-    """Answers to a batch, ``size`` prompts at a time."""
+    """Answers to a batch, or to some ``rows`` of it, ``size`` prompts at a time."""
     rollouts = []
-    for rows in torch.arange(len(batch)).split(size):
-        part = model.generate(select_prompts(batch, rows), _rows(speech, rows), group_size=group_size, params=params)
-        rollouts += [dataclasses.replace(r, prompt_index=r.prompt_index + int(rows[0])) for r in part]
+    for part in (torch.arange(len(batch)) if rows is None else rows).split(size):
+        answers = model.generate(select_prompts(batch, part), _rows(speech, part), group_size=group_size, params=params)
+        rollouts += [dataclasses.replace(answer, prompt_index=int(part[answer.prompt_index])) for answer in answers]
     return rollouts
 
 

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where answers come from, and how they become a batch.
+"""Where answers come from: the student, its teacher, or both.
 
 ``PolicyRollouts`` with a policy-gradient loss is RBA; ``TeacherRollouts`` with a likelihood loss is distillation. The
 loop does not know which of the two it runs.
 """
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nemo_rba.algorithms.importance import Importance
-from nemo_rba.distributed.parallel import data_parallel_sum
-from nemo_rba.functional import pad_sequences, typed
-from nemo_rba.protocols import LikelihoodTeacher, Objective, Policy, Teacher
-from nemo_rba.types import Instruction, Rollout, RolloutBatch, SamplingParams, SpeechBatch
+from nemo_rba.algorithms.collate import prompt_index, transcript_prompt
+from nemo_rba.functional import group_is_constant
+from nemo_rba.protocols import Policy, RolloutSource, Teacher
+from nemo_rba.rewards.mixture import RewardMixture
+from nemo_rba.types import Rollout, SamplingParams, SpeechBatch
 
 
 class PolicyRollouts:
@@ -23,6 +22,7 @@ class PolicyRollouts:
 
     on_policy = True
     num_unfinished = 0  # a truncated answer is an answer
+    max_resamples = 0
 
     def __init__(self, *, group_size: int, max_new_tokens: int, temperature: float, top_p: float):
         if group_size < 1:
@@ -34,11 +34,25 @@ class PolicyRollouts:
         self.group_size = group_size
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
 
-    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int) -> list[Rollout]:
+    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int, rows: Tensor | None = None) -> list[Rollout]:
         params = SamplingParams(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=seed
         )
-        return policy.generate(batch, group_size=self.group_size, params=params)
+        return policy.generate(batch, group_size=self.group_size, params=params, rows=rows)
+
+
+class ResampledRollouts(PolicyRollouts):
+    """``PolicyRollouts`` that asks again where a prompt's answers are all equally good, see ``respond``.
+
+    Args:
+        max_resamples: how often it asks again.
+    """
+
+    def __init__(self, *, group_size: int, max_new_tokens: int, temperature: float, top_p: float, max_resamples: int):
+        super().__init__(group_size=group_size, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        if max_resamples < 1:
+            raise ValueError(f"rollouts.max_resamples must be 1 or more, got {max_resamples}; or set rollouts=policy")
+        self.max_resamples = max_resamples
 
 
 class TeacherRollouts:
@@ -46,9 +60,10 @@ class TeacherRollouts:
 
     group_size = 1
     on_policy = False
-    num_unfinished = 0
+    num_unfinished = max_resamples = 0
 
-    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int) -> list[Rollout]:
+    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int, rows: Tensor | None = None) -> list[Rollout]:
+        asked = enumerate(batch.instructions) if rows is None else ((r, batch.instructions[r]) for r in rows.tolist())
         return [
             Rollout(
                 prompt_index=row,
@@ -58,8 +73,35 @@ class TeacherRollouts:
                 logprobs=None,
                 truncated=False,
             )
-            for row, instruction in enumerate(batch.instructions)
+            for row, instruction in asked
         ]
+
+
+class MixedRollouts:
+    """G - 1 answers of the student, and the teacher's stored one as the last of the group: a mixed policy (2504.14945).
+
+    The teacher's answer is compared with the student's own and learned from like them; its ``old_logprobs`` are the
+    student's. With ``reward=spin`` and the DPO loss this is SPIN (2401.01335): the teacher's answer is to be preferred.
+
+    Args:
+        group_size: G, the teacher's answer included.
+    """
+
+    on_policy = False  # one of them is not
+    num_unfinished = max_resamples = 0
+
+    def __init__(self, *, group_size: int, max_new_tokens: int, temperature: float, top_p: float):
+        if group_size < 2:
+            raise ValueError(f"rollouts.group_size must be 2 or more, the teacher's answer included, got {group_size}")
+        self.group_size, self.max_new_tokens = group_size, max_new_tokens
+        self._own = PolicyRollouts(
+            group_size=group_size - 1, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+        )
+        self._teacher = TeacherRollouts()
+
+    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int, rows: Tensor | None = None) -> list[Rollout]:
+        answers = [*self._own(policy, batch, seed, rows), *self._teacher(policy, batch, seed, rows)]
+        return sorted(answers, key=lambda rollout: rollout.prompt_index)  # stable: the teacher's is the last of each
 
 
 class FreshTeacherRollouts:
@@ -70,6 +112,7 @@ class FreshTeacherRollouts:
     """
 
     on_policy = False
+    max_resamples = 0
 
     def __init__(self, *, teacher: Teacher, group_size: int, max_new_tokens: int, temperature: float, top_p: float):
         if group_size < 1:
@@ -83,13 +126,12 @@ class FreshTeacherRollouts:
         self.temperature, self.top_p = temperature, top_p
         self.num_unfinished = 0
 
-    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int) -> list[Rollout]:
+    def __call__(self, policy: Policy, batch: SpeechBatch, seed: int, rows: Tensor | None = None) -> list[Rollout]:
         params = SamplingParams(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=seed
         )
-        asked = [
-            (row, instruction) for row, instruction in enumerate(batch.instructions) for _ in range(self.group_size)
-        ]
+        chosen = range(len(batch)) if rows is None else rows.tolist()
+        asked = [(row, batch.instructions[row]) for row in chosen for _ in range(self.group_size)]
         answers = self.teacher.generate(
             [transcript_prompt(self.teacher, instruction) for _, instruction in asked], params
         )
@@ -108,111 +150,39 @@ class FreshTeacherRollouts:
         ]
 
 
-def prompt_index(rollouts: Sequence[Rollout]) -> Tensor:
-    """Prompt row of each rollout (N,)."""
-    return torch.tensor([rollout.prompt_index for rollout in rollouts])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """Scored rollouts of a batch."""
+
+    rollouts: list[Rollout]  # N, ordered by prompt
+    rewards: Tensor  # (N,)
+    parts: dict[str, Tensor]  # each reward by name, (N,)
+    num_resampled: int = 0  # prompts that were asked again
 
 
-def collate(
-    batch: SpeechBatch, rollouts: Sequence[Rollout], advantages: Tensor, *, policy: Policy, objective: Objective,
-    teacher: LikelihoodTeacher | None, num_minibatches: int, importance: Importance | None = None,
-) -> Iterator[RolloutBatch]:  # fmt: skip
-    """Minibatches of rollouts with every log-probability the objective asks for; whole groups stay together.
+def respond(
+    source: RolloutSource, policy: Policy, batch: SpeechBatch, reward: RewardMixture, seed: int
+) -> Answers:  # fmt: skip
+    """The source's answers with their rewards; where a group teaches nothing, its prompt may be asked again.
 
-    All log-probabilities are of the policy before this batch's first update, so they are computed here, once.
+    A group whose answers are all equally good has no advantage. DAPO (2503.14476) draws other prompts in its place;
+    here the same prompts are asked again with other random numbers, up to ``source.max_resamples`` times, so that the
+    batch, and with it the data position of a resumed run, stays what it was. What is silent even then stays as it is.
     """
-    response_ids, mask = pad_sequences([rollout.token_ids for rollout in rollouts], pad_value=0)
-    whole = RolloutBatch(
-        prompts=batch,
-        prompt_index=prompt_index(rollouts),
-        response_ids=response_ids,
-        response_mask=mask,
-        advantages=advantages,
-        num_loss_tokens=0,
-        num_loss_rollouts=0,
-    )
-    whole = dataclasses.replace(whole, **_logprobs(whole, rollouts, policy, objective, teacher))
-    if importance is not None:
-        whole = _correct(whole, importance, policy)
-    if whole.teacher_logprobs is not None and whole.old_logprobs is not None:
-        whole = dataclasses.replace(whole, teacher_baseline=_teacher_baseline(whole))
-    prompts = whole.prompt_index.unique()
-    if num_minibatches > len(prompts):
-        raise ValueError(f"num_minibatches is {num_minibatches}, but a batch has only {len(prompts)} prompts; lower it")
-    for chosen in prompts.tensor_split(num_minibatches):
-        minibatch = select(whole, chosen)
-        counts = data_parallel_sum(torch.tensor([minibatch.response_mask.sum(), len(minibatch)]))
-        yield dataclasses.replace(minibatch, num_loss_tokens=int(counts[0]), num_loss_rollouts=int(counts[1]))
-
-
-def _logprobs(
-    whole: RolloutBatch, rollouts: Sequence[Rollout], policy: Policy, objective: Objective,
-    teacher: LikelihoodTeacher | None,
-) -> dict[str, Tensor]:  # fmt: skip
-    fields = {}
-    if objective.needs_old:
-        sampled = all(rollout.logprobs is not None for rollout in rollouts)
-        fields["old_logprobs"] = (
-            pad_sequences([rollout.logprobs for rollout in rollouts], pad_value=0.0)[0]
-            if sampled
-            else policy.logprobs(whole)
-        )
-    if objective.needs_reference:
-        fields["ref_logprobs"] = policy.logprobs(whole, reference=True)
-    if objective.needs_teacher or objective.teacher_topk:
-        fields |= _judgement(rollouts, objective, teacher)
-    return fields
-
-
-def _correct(whole: RolloutBatch, importance: Importance, policy: Policy) -> RolloutBatch:
-    """The trainer's log-probabilities in place of the sampler's, and weights for what lies between them."""
-    trainer, sampler = policy.logprobs(whole), whole.old_logprobs
-    weights = importance(trainer, sampler, whole.response_mask)
-    return dataclasses.replace(whole, old_logprobs=trainer, sampler_logprobs=sampler, importance_weights=weights)
-
-
-def _teacher_baseline(whole: RolloutBatch) -> float:
-    """Mean of log pi_T - log pi_old over the tokens of the global batch."""
-    logratio = (whole.teacher_logprobs - whole.old_logprobs)[whole.response_mask].double()
-    total = data_parallel_sum(torch.tensor([logratio.sum(), len(logratio)], dtype=torch.float64))
-    return float(total[0] / total[1])
-
-
-def _judgement(rollouts: Sequence[Rollout], objective: Objective, teacher: LikelihoodTeacher) -> dict[str, Tensor]:
-    """What the teacher, who reads the transcript, thinks of every token."""
-    prompts = [transcript_prompt(teacher, rollout.instruction) for rollout in rollouts]
-    tokens = [rollout.token_ids for rollout in rollouts]
-    fields = {}
-    if objective.needs_teacher:
-        fields["teacher_logprobs"] = pad_sequences(teacher.logprobs(prompts, tokens), pad_value=0.0)[0]
-    if objective.teacher_topk:
-        ids, values = zip(*teacher.topk_logprobs(prompts, tokens, objective.teacher_topk), strict=True)
-        fields["teacher_topk_ids"] = pad_sequences(ids, pad_value=0)[0]
-        fields["teacher_topk_logprobs"] = pad_sequences(values, pad_value=0.0)[0]
-    return fields
-
-
-def transcript_prompt(teacher: Teacher, instruction: Instruction) -> str:
-    """The teacher's prompt: the words spoken, typed."""
-    return teacher.render([{"role": "user", "content": typed(instruction)}], open_turn="assistant")
-
-
-def select(batch: RolloutBatch, prompts: Tensor) -> RolloutBatch:
-    """The rollouts of the given prompt rows; prompts and global counts stay as they are."""
-    rows = torch.isin(batch.prompt_index, prompts)
-    tensors = {
-        field.name: getattr(batch, field.name)[rows]
-        for field in dataclasses.fields(batch)
-        if isinstance(getattr(batch, field.name), Tensor)
-    }
-    return dataclasses.replace(batch, **tensors)
-
-
-def select_prompts(batch: SpeechBatch, rows: Tensor) -> SpeechBatch:
-    """Some prompts of a batch."""
-    tensors = {
-        field.name: getattr(batch, field.name)[rows]
-        for field in dataclasses.fields(batch)
-        if field.name != "instructions"
-    }
-    return SpeechBatch(instructions=tuple(batch.instructions[row] for row in rows.tolist()), **tensors)
+    rollouts = source(policy, batch, seed=seed)
+    rewards, parts = reward.score(rollouts)
+    asked_again: set[int] = set()
+    for attempt in range(1, source.max_resamples + 1):
+        index = prompt_index(rollouts)
+        silent = index[group_is_constant(rewards, index)].unique()
+        if len(silent) == 0:
+            break
+        asked_again |= set(silent.tolist())
+        fresh = source(policy, batch, seed=-(seed * (source.max_resamples + 1) + attempt), rows=silent)
+        again = torch.isin(index, silent).nonzero()[:, 0]
+        values, new_parts = reward.score(fresh)
+        for place, rollout in zip(again.tolist(), fresh, strict=True):
+            rollouts[place] = rollout
+        rewards = rewards.index_copy(0, again, values)
+        parts = {name: scores.index_copy(0, again, new_parts[name]) for name, scores in parts.items()}
+    return Answers(rollouts=rollouts, rewards=rewards, parts=parts, num_resampled=len(asked_again))

@@ -24,14 +24,16 @@ class SpeechCache:
     def __init__(self):
         self._entries: dict[tuple[bytes, bytes], EncodedSpeech] = {}
 
-    def encoder_of(self, model: nn.Module) -> Callable[[SpeechBatch], EncodedSpeech]:
+    def encoder_of(self, model: nn.Module) -> Callable[[SpeechBatch], EncodedSpeech | None]:
         """``model.encode``, from memory where its encoder has met the batch; for a model that no longer learns.
 
         Collective over pipeline stages, as the result is: all of them find, or miss, the same entries.
         """
         weights = _encoder_digest(model)
 
-        def encode(batch: SpeechBatch) -> EncodedSpeech:
+        def encode(batch: SpeechBatch) -> EncodedSpeech | None:
+            if batch.is_typed:
+                return None
             key = (weights, _digest([batch.audio, batch.audio_lens]))
             if key not in self._entries:
                 speech = model.encode(batch)

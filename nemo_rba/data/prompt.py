@@ -12,12 +12,16 @@ where sampling stops. Otherwise the ids are those of ``nemo/collections/speechlm
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from nemo.collections.common.prompts import PromptFormatter
 from nemo.collections.common.tokenizers import AutoTokenizer
 
-from nemo_rba.types import Instruction
+from nemo_rba.functional import pad_sequences, typed
+from nemo_rba.protocols import PromptEncoder
+from nemo_rba.types import Instruction, SpeechBatch
 
 _MESSAGE = "message"  # the one slot of NeMo's user and assistant turns
 _EOS_SLOT = "|eos|"  # how NeMo's templates spell "the tokenizer's end-of-sequence id"
@@ -86,6 +90,16 @@ class SALMPrompt:
                 f"'{self.audio_locator_tag}', expected 1; its context is {instruction.context!r}"
             )
         return ids
+
+    def encode_typed(self, instruction: Instruction) -> list[int]:
+        """Ids of the user turn with the words typed where ``encode_prompt`` has the locator.
+
+        Raises:
+            ValueError: the words or the ``context`` hold a special token.
+        """
+        message = typed(instruction)
+        self._refuse_special_tokens(message, f"the text of instruction '{instruction.id}'")
+        return self._formatter.encode_dialog([_turn("user", message)])["input_ids"].tolist()
 
     def encode_response(self, response: str) -> list[int]:
         """Ids of the answer, ending with the end of turn. White space around the answer is dropped.
@@ -163,6 +177,16 @@ class SALMPrompt:
         found = [token for token in self._special_tokens if token in text]
         if found:
             raise ValueError(f"{what} holds the special tokens {found}: {text[:80]!r}; remove them from the manifest")
+
+
+def typed_batch(batch: SpeechBatch, prompt: PromptEncoder) -> SpeechBatch:
+    """The same prompts to be read instead of heard, for the same model."""
+    rows = [torch.tensor(prompt.encode_typed(instruction)) for instruction in batch.instructions]
+    ids, mask = pad_sequences(rows, pad_value=prompt.pad_id)
+    nothing = batch.audio.new_zeros(len(batch), 0)
+    return replace(
+        batch, audio=nothing, audio_lens=torch.zeros_like(batch.audio_lens), prompt_ids=ids, prompt_lens=mask.sum(1)
+    )
 
 
 def _turn(role: str, message: str) -> dict:

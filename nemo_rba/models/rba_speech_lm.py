@@ -33,7 +33,7 @@ from nemo_rba.modules.generation import generate
 from nemo_rba.modules.gpt import answer_logits, build_gpt, check_layout, embed, whole_sequences
 from nemo_rba.modules.lora import merged
 from nemo_rba.modules.perception import EncodedSpeech, adapt, build_perception, encode
-from nemo_rba.modules.splice import splice, valid_positions
+from nemo_rba.modules.splice import left_pad, splice, valid_positions
 from nemo_rba.types import Rollout, SamplingParams, SpeechBatch
 
 _TOKENIZER_FILES = {"model": "tokenizer.json", "config": "tokenizer_config.json", "template": "chat_template.jinja"}
@@ -248,11 +248,14 @@ class RBASpeechLM(ModelPT):
         """This stage's copy of the tied embeddings."""
         return self.llm.shared_embedding_or_output_weight()
 
-    def encode(self, batch: SpeechBatch) -> EncodedSpeech:
+    def encode(self, batch: SpeechBatch) -> EncodedSpeech | None:
         """Run the speech encoder once for a batch; the result can be used for generation and for training.
 
-        Collective over pipeline stages: those without the encoder get the number of frames, and no features.
+        None for typed prompts. Collective over pipeline stages: those without the encoder get the number of frames,
+        and no features.
         """
+        if batch.is_typed:
+            return None
         speech = None if self.perception is None else self._encode_here(batch)
         if pipeline.num_stages() == 1:
             return speech
@@ -265,11 +268,18 @@ class RBASpeechLM(ModelPT):
         device = parallel.device()
         return encode(self.perception, batch.audio.to(device, torch.float32), batch.audio_lens.to(device))
 
-    def embed_prompts(self, batch: SpeechBatch, speech: EncodedSpeech) -> tuple[Tensor | None, Tensor]:
-        """Left-padded prompt embeddings (S, B, H), None beyond the first stage, and their valid positions (B, S)."""
+    def embed_prompts(self, batch: SpeechBatch, speech: EncodedSpeech | None) -> tuple[Tensor | None, Tensor]:
+        """Left-padded prompt embeddings (S, B, H), None beyond the first stage, and their valid positions (B, S).
+
+        ``speech`` is None for typed prompts.
+        """
         prompt_lens = batch.prompt_lens.to(parallel.device())
+        if batch.is_typed:
+            if self.perception is None:
+                return None, valid_positions(prompt_lens)
+            return left_pad(embed(self.llm, batch.prompt_ids.to(parallel.device())), prompt_lens)
         if self.perception is None:
-            return None, valid_positions(prompt_lens, speech.lens)
+            return None, valid_positions(prompt_lens - 1 + speech.lens)
         frames, frame_lens = adapt(self.perception, speech)
         ids = batch.prompt_ids.to(frames.device)
         locator = self.prompt.audio_locator_id  # may lie beyond the embedding: its row is never used
@@ -292,18 +302,20 @@ class RBASpeechLM(ModelPT):
     ) -> Tensor:
         """Teacher-forced logits (M, V / tp) of the real tokens of N = B * G answers; see ``answer_logits``.
 
-        Without ``speech`` the encoder runs here, with its gradient. Before the last pipeline stage the result is hidden
-        states, beyond the first the input comes by ``set_input_tensor``.
+        Without ``speech`` the encoder runs here, with its gradient, unless prompts are typed. Before the last pipeline
+        stage the result is hidden states, beyond the first the input comes by ``set_input_tensor``.
         """
-        prompts, valid = self.embed_prompts(batch, self._encode_here(batch) if speech is None else speech)
+        if speech is None and not batch.is_typed:
+            speech = self._encode_here(batch)
+        prompts, valid = self.embed_prompts(batch, speech)
         device = valid.device
         return answer_logits(self.llm, prompts, valid, response_ids.to(device), response_mask.to(device), group_size)
 
     @torch.no_grad()
     def generate(
-        self, batch: SpeechBatch, speech: EncodedSpeech, *, group_size: int, params: SamplingParams
+        self, batch: SpeechBatch, speech: EncodedSpeech | None, *, group_size: int, params: SamplingParams
     ) -> list[Rollout]:
-        """``group_size`` answers to every prompt, ordered by prompt."""
+        """``group_size`` answers to every prompt, ordered by prompt; ``speech`` is None for typed prompts."""
         prompts, valid = self.embed_prompts(batch, speech)
         with whole_sequences(self.llm):
             out = generate(

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speech into text: replace the audio locator token of each prompt by its speech frames."""
+"""Prompts as the language model takes them: left padded, speech frames in place of the audio locator token."""
 
 import torch
 from torch import Tensor
 
 
-def valid_positions(prompt_lens: Tensor, frame_lens: Tensor) -> Tensor:
-    """Which positions of the left-padded, spliced prompts are real: (B, S), S = the longest prompt."""
-    lengths = prompt_lens - 1 + frame_lens
+def valid_positions(lengths: Tensor) -> Tensor:
+    """Which positions of left-padded prompts of ``lengths`` (B,) are real: (B, S), S = the longest one."""
     total = int(lengths.max())
     return torch.arange(total, device=lengths.device) >= total - lengths[:, None]
+
+
+def left_pad(token_embeddings: Tensor, prompt_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Typed prompts: embeddings (P, B, H), right padded -> (S, B, H), left padded, and valid (B, S); S = longest."""
+    valid = valid_positions(prompt_lens)
+    index = (valid.long().cumsum(1) - 1).clamp(min=0)  # (B, S)
+    rows = token_embeddings.transpose(0, 1).gather(1, index[..., None].expand(-1, -1, token_embeddings.shape[2]))
+    return rows.masked_fill(~valid[..., None], 0.0).transpose(0, 1).contiguous(), valid
 
 
 def splice(
@@ -33,7 +40,7 @@ def splice(
         raise ValueError(f"every prompt needs the audio locator (id {locator_id}) exactly once, found {counts}")
     locator = is_locator.int().argmax(1, keepdim=True)  # (B, 1)
     frame_lens = frame_lens[:, None].to(device)
-    valid = valid_positions(prompt_lens, frame_lens[:, 0])
+    valid = valid_positions(prompt_lens - 1 + frame_lens[:, 0])
     index = valid.long().cumsum(1) - 1  # (B, S), -1 where padded
     # one pool a row: tokens 0 .. P-1, then frames P .. P+F-1, then a zero vector for the padding
     source = torch.where(

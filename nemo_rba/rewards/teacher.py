@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher's own probability of the student's answer, as one number per answer.
+"""What the teacher thinks of an answer, as one number: its own probability of it, or whether it wrote it.
 
 The teacher *reads* the instruction that the student *heard*. The per-token form of the same judgement is not a reward:
 it is ``dense_weight`` of ``algorithms/objectives.ClippedPolicyLoss``.
@@ -50,3 +50,10 @@ class TeacherLikelihood:
     def _prompt(self, rollout: Rollout) -> str:
         message = {"role": "user", "content": typed(rollout.instruction)}
         return self.teacher.render([message], open_turn="assistant")
+
+
+class TeacherAuthorship:
+    """1 for the teacher's own answer, 0 for the student's: SPIN's preference (2401.01335), for ``MixedRollouts``."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        return torch.tensor([float(rollout.logprobs is None) for rollout in rollouts])

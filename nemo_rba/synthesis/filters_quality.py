@@ -6,15 +6,13 @@ must drop what the first one dropped. So scores can be kept in a file, ``memory`
 Filters that hold a model are copied without it, as ``SelfSynthesis`` copies its filters for every run.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from nemo_rba.functional import typed
+from nemo_rba.memory import Memory, fingerprint
 from nemo_rba.protocols import LikelihoodTeacher, RewardFunction
 from nemo_rba.types import Instruction, Rollout
 
@@ -126,59 +124,21 @@ class RewardFilter:
 
 
 class ScoreMemory:
-    """Scores by what was scored, in a JSONL file that grows by whole lines; in no file where ``path`` is "".
-
-    Raises:
-        ValueError: a line in the middle of the file is damaged. A last line that was cut off is dropped.
-    """
+    """Scores by what was scored, see ``Memory``; in no file where ``path`` is ""."""
 
     def __init__(self, path: str):
-        self._path = Path(path) if path else None
-        self._scores: dict[str, float] | None = None  # read when first asked
+        self._memory = Memory(path=path, owner={"holds": "scores of answers"})
 
     def look_up(
         self, instructions: Sequence[Instruction], compute: Callable[[Sequence[Instruction]], list[float]]
     ) -> list[float]:
-        """The score of each: from the file where it is known, else from ``compute``, once for each different item."""
-        if self._scores is None:
-            self._scores = self._read()
-        keys = [_fingerprint(instruction) for instruction in instructions]
-        unknown = {key: item for key, item in zip(keys, instructions, strict=True) if key not in self._scores}
+        """The score of each: from memory where it is known, else from ``compute``, once for each different item."""
+        keys = [fingerprint(item.context, item.text, item.response) for item in instructions]
+        unknown = {key: item for key, item in zip(keys, instructions, strict=True) if key not in self._memory}
         if unknown:
             computed = compute(list(unknown.values()))
             for item, score in zip(unknown.values(), computed, strict=True):
                 if math.isnan(score):
                     raise ValueError(f"the score of {item.text[:60]!r} is nan; expected a number: check the judge")
-            found = dict(zip(unknown, computed, strict=True))
-            self._write(found)
-            self._scores |= found
-        return [self._scores[key] for key in keys]
-
-    def _read(self) -> dict[str, float]:
-        if self._path is None or not self._path.exists():
-            return {}
-        data = self._path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:  # killed while writing: the next line must not be glued to half of this one
-            with open(self._path, "r+b") as file:
-                file.truncate(len(whole))
-        scores = {}
-        for number, line in enumerate(whole.decode().splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                scores[row["key"]] = float(row["score"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self._path} line {number} is damaged; delete the file to score again") from error
-        return scores
-
-    def _write(self, scores: dict[str, float]) -> None:
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"key": key, "score": score}) + "\n" for key, score in scores.items())
-
-
-def _fingerprint(instruction: Instruction) -> str:
-    content = json.dumps([instruction.context, instruction.text, instruction.response])
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+            self._memory.keep(dict(zip(unknown, computed, strict=True)))
+        return [self._memory[key] for key in keys]

@@ -4,17 +4,11 @@
 ``HFTeacher`` runs a Hugging Face folder in this process. Deltas from ``transformers.generate``: no setting is taken
 from the folder's generation_config (no hidden top-k or repetition penalty), randomness belongs to the prompt's place in
 the list and the seed (so neither batch size nor sorting changes a text), and finished rows leave the batch.
-``OpenAITeacher`` asks a server with OpenAI's protocol (vLLM, NIM, TensorRT-LLM); it writes but does not judge.
 """
 
-import json
-import os
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import requests
 import torch
 from torch import Tensor
 
@@ -44,7 +38,7 @@ class HFTeacher:
             raise ValueError(f"teacher.batch_size is {batch_size}; expected at least 1")
         if dtype not in DTYPES:
             raise ValueError(f"teacher.dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-        _check_folder(Path(path))
+        self._check_folder(Path(path))
         self._batch_size, self._device = batch_size, device
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         if not self._tokenizer.chat_template:
@@ -52,9 +46,15 @@ class HFTeacher:
                 f"the tokenizer in {path} (teacher.path) has no chat template, so this is a base model; choose an "
                 "instruction-tuned one, or put its chat_template.jinja into the folder"
             )
-        self._model = _load_model(path, DTYPES[dtype]).to(device).eval()
+        self._model = self._load_model(Path(path), DTYPES[dtype]).to(device).eval()
         self._user_end = _end_of_turn(self._tokenizer, "user")
         self._stop_ids = self._find_stop_ids()
+
+    def _check_folder(self, path: Path) -> None:
+        _check_hf_folder(path)
+
+    def _load_model(self, path: Path, dtype: torch.dtype) -> torch.nn.Module:
+        return _load_hf_model(str(path), dtype)
 
     def render(self, messages: Sequence[dict[str, str]], *, open_turn: str) -> str:
         """Chat text of ``messages`` with the turn of role ``open_turn`` (``user`` or ``assistant``) left open."""
@@ -221,93 +221,6 @@ class HFTeacher:
         return stops
 
 
-class OpenAITeacher:
-    """A model behind an OpenAI-compatible server. Offers ``protocols.Teacher``, not likelihoods.
-
-    Repeatable only as far as the server honours ``seed``; what ``SelfSynthesis`` has received it keeps.
-
-    Args:
-        base_url: up to and with ``/v1``.
-        model: name under which the server offers the model.
-        api_key_env: environment variable that holds the key; "" for a server that asks for none.
-        pre_query: the model's chat template up to the user's words, e.g. ``<|im_start|>user\\n``; "" if instructions
-            are not sampled from it.
-        stop: text that ends a user's turn, e.g. ``<|im_end|>``.
-        num_parallel: requests under way at the same time.
-        timeout_seconds: for one request.
-        max_retries: further attempts, after 1, 2, 4, ... seconds, when the server is busy, failing or away.
-
-    Raises:
-        ValueError: no server, no such model, or a missing or wrong key.
-    """
-
-    def __init__(self, *, base_url: str, model: str, api_key_env: str, pre_query: str, stop: str, num_parallel: int,
-                 timeout_seconds: float, max_retries: int):  # fmt: skip
-        if num_parallel < 1 or max_retries < 0 or timeout_seconds <= 0:
-            raise ValueError(f"teacher: num_parallel={num_parallel}, max_retries={max_retries}, timeout_seconds="
-                             f"{timeout_seconds}; expected at least 1, at least 0, above 0")  # fmt: skip
-        if api_key_env and api_key_env not in os.environ:
-            raise ValueError(f"teacher.api_key_env names {api_key_env}, which is not set; export it, or give ''")
-        self._headers = {"Authorization": f"Bearer {os.environ[api_key_env]}"} if api_key_env else {}
-        self._url, self._model, self._pre_query, self._stop = base_url.rstrip("/"), model, pre_query, stop
-        self._num_parallel, self._timeout, self._max_retries = num_parallel, timeout_seconds, max_retries
-        offered = [entry["id"] for entry in self._request("GET", "/models", None)["data"]]
-        if model not in offered:
-            raise ValueError(f"{base_url} offers {offered[:10]}, not {model!r}; change teacher.model")
-
-    def render(self, messages: Sequence[dict[str, str]], *, open_turn: str) -> str:
-        """The messages as JSON, as the server applies the chat template itself; or the pre-query template."""
-        if open_turn == "assistant":
-            return json.dumps(list(messages))
-        if messages or not self._pre_query:
-            raise ValueError("a hosted teacher opens the user's turn only without messages before it, and with "
-                             f"teacher.pre_query, which is {self._pre_query!r}")  # fmt: skip
-        return self._pre_query
-
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[str]:
-        """One completion per rendered prompt; "" if the turn never ended."""
-        with ThreadPoolExecutor(self._num_parallel) as pool:
-            return list(pool.map(lambda i: self._complete(prompts[i], params, i), range(len(prompts))))
-
-    def _complete(self, prompt: str, params: SamplingParams, index: int) -> str:
-        body = {
-            "model": self._model,
-            "max_tokens": params.max_new_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "seed": (params.seed + index) % 2**31,  # servers take 32 bits
-        }
-        if prompt == self._pre_query:
-            choice = self._request("POST", "/completions", body | {"prompt": prompt, "stop": [self._stop]})["choices"][
-                0
-            ]
-            text = choice["text"]
-        else:
-            body["messages"] = json.loads(prompt)
-            choice = self._request("POST", "/chat/completions", body)["choices"][0]
-            text = choice["message"]["content"]
-        return text.strip() if choice["finish_reason"] == "stop" and text else ""
-
-    def _request(self, method: str, path: str, body: dict | None) -> dict:
-        for attempt in range(self._max_retries + 1):
-            if attempt:
-                time.sleep(2 ** (attempt - 1))
-            try:
-                reply = requests.request(
-                    method, self._url + path, json=body, headers=self._headers, timeout=self._timeout
-                )
-            except requests.RequestException as error:
-                problem = f"{type(error).__name__}: {error}"
-                continue
-            if reply.ok:
-                return reply.json()
-            problem = f"HTTP {reply.status_code}: {reply.text[:200]}"
-            if reply.status_code not in (408, 409, 429) and reply.status_code < 500:
-                break
-        raise ValueError(f"the teacher's server {self._url}{path} did not answer ({problem}); check teacher.base_url, "
-                         "teacher.model and the key in teacher.api_key_env, then run again")  # fmt: skip
-
-
 def check_same_vocabulary(teacher_vocab: dict[str, int], student_vocab: dict[str, int]) -> None:
     """Raise ValueError unless every teacher token has the same id in the student.
 
@@ -360,7 +273,7 @@ def _end_of_turn(tokenizer, role: str) -> int | None:
     return ids[0] if ids and ids[0] in special else None
 
 
-def _check_folder(path: Path) -> None:
+def _check_hf_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ValueError(f"no model in {path} (teacher.path): config.json is missing; give a Hugging Face model's "
                          "folder, e.g. one that `hf download <name> --local-dir <folder>` wrote")  # fmt: skip
@@ -370,7 +283,7 @@ def _check_folder(path: Path) -> None:
         raise ValueError(f"no weights in {path} (teacher.path): *.safetensors is missing; download the whole model")
 
 
-def _load_model(path: str, dtype: torch.dtype):
+def _load_hf_model(path: str, dtype: torch.dtype):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from nemo_rba.conversion.families import with_rope

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from tiny_models import make_batch
 
+from nemo_rba.algorithms.collate import collate, select_prompts
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss
 from nemo_rba.algorithms.policy import MegatronPolicy
-from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts, collate, select_prompts
+from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts
 from nemo_rba.conversion.hf import global_name, words_only
 from nemo_rba.conversion.mapping import unshard
 from nemo_rba.distributed import parallel, pipeline

@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny_models import load_speech_lm, make_batch
 
+from nemo_rba.algorithms.collate import collate, prompt_index
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss
 from nemo_rba.algorithms.policy import FrozenPolicy, MegatronPolicy
-from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts, collate, prompt_index
+from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts
 from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 from nemo_rba.types import SamplingParams
@@ -85,7 +86,7 @@ def test_gradient_equals_plain_autograd(llama_salm, speech_batch):
 
 
 def make_batch_row(batch, row):
-    from nemo_rba.algorithms.rollout import select_prompts
+    from nemo_rba.algorithms.collate import select_prompts
 
     return select_prompts(batch, torch.tensor([row]))
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from nemo_rba.modules.splice import splice
+from nemo_rba.modules.splice import left_pad, splice
 
 LOCATOR = 9
 
@@ -41,3 +41,10 @@ def test_padding_of_tokens_and_frames_changes_nothing():
 def test_locator_must_stand_once(ids):
     with pytest.raises(ValueError, match="exactly once"):
         call(ids, [3], [[[0.1]]], [1])
+
+
+def test_typed_prompts_end_together():
+    out, valid = left_pad(tokens(torch.tensor([[1, 2, 3, 7], [4, 0, 0, 7]])), torch.tensor([3, 1]))
+    torch.testing.assert_close(out[:, 0, 0], torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(out[:, 1, 0], torch.tensor([0.0, 0.0, 4.0]))
+    assert valid.tolist() == [[True] * 3, [False, False, True]]

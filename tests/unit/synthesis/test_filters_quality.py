@@ -122,4 +122,4 @@ def test_settings_and_judges_are_checked(tmp_path):
     assert not memory.exists()
     infinite = RewardFilter(reward=lambda rollouts: torch.tensor([-math.inf]), minimum=0, memory=str(memory))
     assert infinite.reason(instruction("x")) == "below 0"
-    assert json.loads(memory.read_text())["score"] == -math.inf
+    assert json.loads(memory.read_text().splitlines()[1])["value"] == -math.inf

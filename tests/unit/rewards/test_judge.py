@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A judge that says what a script says: votes, their mean, what is paid for, and whose they are."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from nemo_rba.rewards.judge import JudgeReward
+from nemo_rba.types import Instruction, Rollout
+
+PROMPT = "Q: {instruction} A: {response} Grade {1 to 5}."
+
+
+class Judge:
+    """Says, about an answer, the next line of its script."""
+
+    def __init__(self, **script):
+        self.script, self.asked, self.seeds = {answer: list(lines) for answer, lines in script.items()}, [], []
+
+    def render(self, messages, *, open_turn):
+        return messages[0]["content"]
+
+    def generate(self, prompts, params):
+        self.asked += prompts
+        self.seeds.append(params.seed)
+        return [self.script[re.search(r"A: (\w*)", prompt)[1]].pop(0) for prompt in prompts]
+
+
+def rollout(response: str, text: str = "say hi", reference: str = "hi") -> Rollout:
+    return Rollout(
+        prompt_index=0, instruction=Instruction(id="i", text=text, response=reference, task="t"), response=response,
+        token_ids=torch.tensor([1]), logprobs=None, truncated=False,
+    )  # fmt: skip
+
+
+def make(judge, **changes) -> JudgeReward:
+    settings = {"name": "scripted", "prompt": PROMPT, "pattern": r"([1-5](?:\.\d)?)", "low": 1, "high": 5, "votes": 2}
+    settings |= {"max_new_tokens": 4, "temperature": 0.5, "seed": 7, "memory": ""}
+    return JudgeReward(judge=judge, **(settings | changes))
+
+
+def test_grades_are_the_mean_of_the_votes_on_a_scale_of_0_to_1():
+    judge = Judge(good=["5", "I say 2, no: 4"], bad=["1", "1"])
+    reward = make(judge)
+    answers = [rollout("good"), rollout("bad"), rollout("good")]
+    assert reward(answers).tolist() == [0.875, 0.0, 0.875], "(4.5 - 1) / 4; the last number counts"
+    assert judge.asked == ["Q: say hi A: good Grade {1 to 5}."] * 2 + ["Q: say hi A: bad Grade {1 to 5}."] * 2
+    assert reward(answers[:1]).tolist() == [0.875], "kept, or the script would have ended"
+    assert reward.counts["votes"] == 4
+
+
+def test_a_vote_without_a_grade_is_asked_for_once_more_and_then_left_out():
+    judge = Judge(good=["no idea", "4", "3"], silent=["", "9", "", ""])
+    reward = make(judge)
+    assert reward([rollout("good"), rollout("silent")]).tolist() == [0.625, 0.0]
+    assert reward.counts == {"votes": 7, "no grade": 2, "ungraded": 1}
+    assert len(set(judge.seeds)) == 2, "with other random numbers"
+
+
+def test_votes_outlive_the_process_and_are_those_of_one_judge(tmp_path):
+    memory = str(tmp_path / "votes.jsonl")
+    first = make(Judge(good=["5", "4"]), memory=memory)([rollout("good")])
+    assert make(Judge(), memory=memory)([rollout("good")]).tolist() == first.tolist() == [0.875]
+    for other in ({"name": "another"}, {"prompt": PROMPT + "!"}, {"temperature": 0.6}, {"votes": 3}):
+        with pytest.raises(ValueError, match=r"belongs to .* name another file"):
+            make(Judge(good=["5"] * 3), memory=memory, **other)([rollout("good")])
+    assert json.loads((tmp_path / "votes.jsonl").read_text().splitlines()[0])["owner"]["judge"] == "scripted"
+
+
+def test_the_reference_is_shown_only_where_it_is_asked_for():
+    judge = Judge(good=["5"] * 8)
+    reward = make(judge, prompt="{instruction} | A: {response} | {reference}", votes=1)
+    reward([rollout("good", text="say {response} loud")])
+    assert judge.asked == ["say {response} loud | A: good | hi"], "an instruction's own braces are no slots"
+    reward([rollout("good", text="say {response} loud", reference="hello")])
+    assert len(judge.asked) == 2, "another reference is another question"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"low": 5}, "expected low < high"),
+        ({"temperature": 0.0}, "a temperature above 0 for several"),
+        ({"prompt": "Q: {instruction}"}, r"lacks the slots \['response'\]"),
+        ({"pattern": "[1-5]"}, "has 0 groups"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        make(Judge(), **changes)
