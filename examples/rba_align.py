@@ -5,6 +5,7 @@ python examples/rba_align.py --config-name=rba_tiny
 """
 
 import recipe
+import recipe_evaluation
 from nemo.core.config import hydra_runner
 from nemo.utils import logging
 from omegaconf import DictConfig
@@ -30,11 +31,11 @@ def main(cfg: DictConfig) -> None:
         for arm, arm_cfg in arms.items()
     }
     files = {arm: folder / f"{arm}.nemo" for arm, folder in folders.items()}
-    manifests = {name: data / split for name, split in cfg.conditions.items()}
+    sets = recipe_evaluation.held_out_sets(cfg, data)
 
     def evaluate_and_report(folder) -> None:
-        predictions = recipe.evaluate(cfg, manifests, files, folder)
-        recipe.report(cfg, predictions, list(arms), folder, recipe.training(cfg, folders))
+        predictions = recipe_evaluation.evaluate(cfg, sets, files, folder)
+        recipe_evaluation.report(cfg, predictions, sets, list(arms), folder, recipe_evaluation.training(cfg, folders))
 
     report = stages.run(
         "report",

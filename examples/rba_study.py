@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import recipe
+import recipe_evaluation
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from nemo.core.config import hydra_runner
@@ -46,9 +47,10 @@ def main(study: DictConfig) -> None:
     final = [replace(run, seed=seed) for run in chosen.values() for seed in study.seeds]
     train(study, final, data)
     files = {run.name: folder(study, run) / f"{run.name}.nemo" for run in final}
-    manifests = {name: data / split for name, split in first.conditions.items()}
-    predictions = recipe.evaluate(first, manifests, files, Path(study.output) / "evaluation")
-    write_study(Study(config=study, recipe=first, scores=scores, chosen=chosen, predictions=predictions), folder)
+    sets = recipe_evaluation.held_out_sets(first, data)
+    predictions = recipe_evaluation.evaluate(first, sets, files, Path(study.output) / "evaluation")
+    found = Study(config=study, recipe=first, scores=scores, chosen=chosen, predictions=predictions, sets=sets)
+    write_study(found, folder)
     logging.info(f"study: {Path(study.output) / 'study.html'}")
 
 

@@ -8,7 +8,6 @@ report/      report.md, report.html, results.json
 """
 
 import inspect
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -26,19 +25,12 @@ from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from nemo_rba.algorithms.alignment import RBAAlignment, check_choices
 from nemo_rba.algorithms.controls import Controls, RunStopped
 from nemo_rba.algorithms.metrics_file import MetricsFile
-from nemo_rba.algorithms.policy import FrozenPolicy
-from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.algorithms.strategy import MegatronStrategy
 from nemo_rba.data.dataset import SpeechInstructionDataset
 from nemo_rba.data.loader import SpeechLoader
 from nemo_rba.distributed import parallel
 from nemo_rba.distributed.launch import launch
 from nemo_rba.distributed.once import once_per_model
-from nemo_rba.evaluation.plots import TrainingCurves, read_curve
-from nemo_rba.evaluation.report import write_report
-from nemo_rba.evaluation.results import Roles
-from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, Prediction, System, TeacherSystem, run
-from nemo_rba.evaluation.tasks import ItemTask
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 from nemo_rba.protocols import RolloutSource, Teacher
 
@@ -49,18 +41,10 @@ ALIGNMENT = (
     "model", "teacher", "rollouts", "reward", "advantage", "objective", "policy", "schedule", "num_minibatches", "data",
     "trainer", "validation", "seed", *OWN,
 )  # fmt: skip
+LABELS = {"rba": "RBA", "sft": "SFT", "distillation": "SFT", "forward_kl": "Forward KL", "reverse_kl": "Reverse KL"}
+ASKING = ("memory", "num_parallel", "timeout_seconds", "max_retries")  # of a teacher behind a server
 PASSES = (("policy", "micro_batch_size"), ("policy", "generation_batch_size"), ("policy", "recompute"))
 EVALUATION = ("model", "teacher", "evaluation", "conditions", "data", "seed", "name")
-LABELS = {"rba": "RBA", "sft": "SFT", "distillation": "SFT", "forward_kl": "Forward KL", "reverse_kl": "Reverse KL"}
-PANELS = {
-    "Reward": "reward/mean",
-    "Dev: gap closed": "val/gap_closed",
-    "KL to the start model": "kl/reference",
-    "KL coefficient": "kl/coefficient",
-    "Entropy": "entropy",
-    "Teacher minus student, log p": "teacher/logratio",
-    "Answer length": "rollout/length",
-}
 
 
 def arms(cfg: DictConfig) -> dict[str, DictConfig]:
@@ -93,8 +77,10 @@ def keys(cfg: DictConfig, names: tuple[str, ...]) -> dict:
     ranks //= groups["tensor_model_parallel_size"] * groups["pipeline_model_parallel_size"]
     if "batch_size" in cfg.data:
         plain["data"]["global_batch_size"] = plain["data"].pop("batch_size") * ranks
-    for part, key in [("trainer", "devices"), ("trainer", "num_nodes"), *(("model", key) for key in groups), *PASSES]:
+    free = [("trainer", "devices"), ("trainer", "num_nodes"), *(("model", key) for key in groups), *PASSES]
+    for part, key in [*free, *(("teacher", key) for key in ASKING)]:
         plain.get(part, {}).pop(key, None)
+    (plain.get("synthesis", {}).get("quality") or {}).pop("max_dropped_share", None)  # how much loss one bears
     return {name: plain[name] for name in names if name in plain}
 
 
@@ -211,7 +197,10 @@ def synthesize(cfg: DictConfig, folder: Path) -> None:
     pipeline(teacher=teacher, output=str(folder), **waiting).run(OmegaConf.to_container(cfg.synthesis, resolve=True))
 
 
-def loader_builder(cfg: DictConfig, manifest: Path, quarantine: Path, *, train: bool) -> Callable[..., SpeechLoader]:
+def loader_builder(
+    cfg: DictConfig, manifest: Path, quarantine: Path, *, train: bool, needs_response: bool = True,
+    augmentation: Callable | None = None,
+) -> Callable[..., SpeechLoader]:  # fmt: skip
     """``build(prompt=, sampling_rate=)`` of this rank's batches of a manifest."""
     if parallel.model_parallel_rank() > 0:  # reads what the first rank of its model reads, and reports it
         quarantine = Path(os.devnull)
@@ -225,6 +214,8 @@ def loader_builder(cfg: DictConfig, manifest: Path, quarantine: Path, *, train: 
                 max_duration_seconds=cfg.data.max_duration_seconds,
                 max_response_tokens=cfg.data.max_response_tokens,
                 quarantine=quarantine,
+                needs_response=needs_response,
+                augmentation=augmentation,
             ),
             batch_size=cfg.data.batch_size if train else cfg.data.validation_batch_size,
             shuffle=train,
@@ -295,96 +286,3 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
     trainer.strategy.restore(module, best)
     logging.info(f"{arm}: keeping {Path(best).stem}")
     module.model.save_to(str(folder / f"{arm}.nemo"))
-
-
-def tasks(cfg: DictConfig, manifests: dict[str, Path], folder: Path, model: RBASpeechLM) -> list[ItemTask]:
-    """The held-out sets of the report."""
-    make_task = instantiate(cfg.evaluation.task)
-
-    def one(name: str, manifest: Path) -> ItemTask:
-        build = loader_builder(cfg, manifest, folder / "quarantine.jsonl", train=False)
-        loader = build(prompt=model.prompt, sampling_rate=model.sampling_rate)
-        return make_task(name=name, batches=lambda: loader)
-
-    return [one(name, manifest) for name, manifest in manifests.items()]
-
-
-def systems(cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]) -> list[Callable[[], System]]:
-    """Everyone who is compared, built when needed: T, the cascade, S0, and every aligned model."""
-    evaluation, teacher = cfg.evaluation, once_per_model(partial(instantiate, cfg.teacher))
-    params, heard = instantiate(evaluation.params), SpeechCache()
-
-    def frozen(model: RBASpeechLM) -> FrozenPolicy:
-        return FrozenPolicy(model=model, generation_batch_size=evaluation.generation_batch_size, speech_cache=heard)
-
-    def cascade() -> System:
-        return CascadeSystem(
-            name="cascade",
-            policy=frozen(start),
-            teacher=teacher,
-            encoder=start.prompt,
-            transcribe_context=evaluation.transcribe_context,
-            transcribe_params=instantiate(evaluation.transcribe_params),
-            params=params,
-        )
-
-    def aligned(arm: str) -> System:
-        model = RBASpeechLM.restore_from(files[arm], **layout(cfg))
-        return PolicySystem(name=arm, policy=frozen(model), params=params)
-
-    return [
-        lambda: TeacherSystem(name="teacher", teacher=teacher, params=params),
-        cascade,
-        lambda: PolicySystem(name="start", policy=frozen(start), params=params),
-        *(partial(aligned, arm) for arm in files),
-    ]
-
-
-def evaluate(cfg: DictConfig, manifests: dict[str, Path], files: dict[str, Path], folder: Path) -> list[Prediction]:
-    """Stage d: every system answers every held-out set; goes on where an interrupted run stopped."""
-    start = instantiate(cfg.model)
-    held_out = tasks(cfg, manifests, folder, start)
-    predictions = []
-    for build in systems(cfg, start, files):
-        system = build()
-        for task in held_out:
-            predictions += run(system, task, folder)
-    return predictions
-
-
-def report(cfg: DictConfig, predictions: list[Prediction], arms: list[str], folder: Path, trained: dict) -> None:
-    """Stage e: tables, plots and a verdict. ``trained``: what to say of how the arms were made, see ``training``."""
-    if parallel.rank() > 0:
-        return
-    labels = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade", "start": "Start (S0)"}
-    labels |= {arm: LABELS.get(arm, arm) for arm in arms}
-    write_report(
-        folder=folder,
-        title=f"{cfg.name}: Reinforced Behavior Alignment",
-        roles=Roles(
-            systems=labels, teacher=labels["teacher"], start=labels["start"], arms=[labels[arm] for arm in arms]
-        ),
-        predictions=predictions,
-        **trained,
-        notes=list(cfg.evaluation.notes),
-        num_samples=cfg.evaluation.num_samples,
-        num_draws=cfg.evaluation.num_draws,
-        seed=cfg.seed,
-    )
-
-
-def training(cfg: DictConfig, folders: dict[str, Path]) -> dict:
-    """Training curves and budget of the arms, for the report."""
-    clips = cfg.trainer.max_steps // cfg.num_minibatches * cfg.data.batch_size
-    curves = {LABELS.get(arm, arm): [folder / "metrics.jsonl"] for arm, folder in folders.items()}
-    budget = {}
-    for arm, folder in folders.items():
-        seconds = json.loads((folder / "done.json").read_text())["seconds"]
-        budget[LABELS.get(arm, arm)] = {"clips": f"{clips:,}", "time": f"{seconds:.0f} s"}
-    files = [file for paths in curves.values() for file in paths]
-    panels = {
-        title: column
-        for title, column in PANELS.items()
-        if any(len(read_curve(file, step="step", column=column)[0]) for file in files)
-    }
-    return {"curves": TrainingCurves(runs=curves, panels=panels, step="step"), "budget": budget}

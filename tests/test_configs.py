@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import recipe
+import recipe_evaluation
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
@@ -69,7 +70,7 @@ def test_report_shows_only_curves_that_some_arm_has(tmp_path):
     cfg = load("rba_tiny")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": 0.6}\n')
     (tmp_path / "done.json").write_text('{"seconds": 12.3}')
-    trained = recipe.training(cfg, {"sft": tmp_path})
+    trained = recipe_evaluation.training(cfg, {"sft": tmp_path})
     assert list(trained["curves"].panels) == ["Reward"]
     assert trained["budget"]["SFT"] == {"clips": "1,440", "time": "12 s"}
 

@@ -63,6 +63,7 @@ def config(study: DictConfig, run: Run) -> DictConfig:
         ],
     )  # fmt: skip
     cfg.baselines = {}  # the study has its own
+    cfg.conditions = study.conditions
     return cfg
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from omegaconf import DictConfig
 
 from nemo_rba.evaluation import plots
+from nemo_rba.evaluation.conditions import HeldOut
 from nemo_rba.evaluation.document import Bullets, Figure, Heading, Paragraph, Table, write_document
 from nemo_rba.evaluation.plots import TrainingCurves
 from nemo_rba.evaluation.report import write_report
@@ -31,6 +32,7 @@ class Study:
     scores: dict[Run, float]  # dev score of the grid's runs
     chosen: dict[tuple[int, str], Run]
     predictions: Sequence[Prediction]
+    sets: dict[str, HeldOut]
 
 
 def write_study(study: Study, folder: Callable[[DictConfig, Run], Path]) -> None:
@@ -42,7 +44,7 @@ def write_study(study: Study, folder: Callable[[DictConfig, Run], Path]) -> None
         *(Paragraph(f"{size} prompts. {line}", is_lead=True) for size, r in results.items() for line in r["headline"]),
         Heading("How much of the modality gap was closed"),
         Figure("sizes", _picture(results, list(labels.values())), _caption(study)),
-        Table(["arm", *(f"{size} prompts" for size in results)], _rows(results, labels.values())),
+        *(_table(size, result, labels.values()) for size, result in results.items()),
         Heading(f"Learning rates: 100 x {_monitor(study)} on dev of each; the chosen one is marked"),
         *(_grid(study, int(size)) for size in results),
         Heading("Protocol"),
@@ -86,6 +88,7 @@ def _report(study: Study, prompts: int, folder: Callable, output: Path) -> dict:
             for arm, found in seconds.items()
         },
         notes=_protocol(study),
+        held_out=study.sets,
         num_samples=cfg.evaluation.num_samples,
         num_draws=cfg.evaluation.num_draws,
         seed=cfg.seed,
@@ -100,11 +103,27 @@ def _closed(result: dict, label: str) -> dict:
     return result["conditions"][0]["whole"]["gap_closed"][label]
 
 
-def _rows(results: dict[str, dict], labels: Sequence[str]) -> list[list[str]]:
-    def cell(found: dict) -> str:
-        return f"{found['value']:.1f} % [{found['low']:.1f}, {found['high']:.1f}]"
+def _table(size: str, result: dict, labels: Sequence[str]) -> Table:
+    """One row an arm: its budget, the gap closed in the first condition and its kinds, and what else was asked."""
+    first, *others = result["conditions"]
+    whole, kinds = first["whole"], first["kinds"]
+    trial = result["roles"]["arms"][0]
+    header = [f"{size} prompts", "rate", "clips", "time", "gap closed", *kinds, f"{trial} minus it, points"]
+    header += [f"{c['name']}: score" for c in others]
+    rows = []
+    for label in labels:
+        budget = result["budget"][label]
+        row = [label, budget["rate"], budget["clips"], budget["time"], _interval(whole["gap_closed"][label], " %")]
+        row += [f"{part['gap_closed'][label]['value']:.1f} %" for part in kinds.values()]
+        row.append(_interval(whole["differences"][label], "") if label in whole["differences"] else "–")
+        rows.append(row + [f"{c['whole']['scores'][label]['value']:.1f}" for c in others])
+    start = result["roles"]["start"]
+    rows.append([start, *["–"] * (5 + len(kinds)), *(f"{c['whole']['scores'][start]['value']:.1f}" for c in others)])
+    return Table(header, rows)
 
-    return [[label, *(cell(_closed(result, label)) for result in results.values())] for label in labels]
+
+def _interval(found: dict, unit: str) -> str:
+    return f"{found['value']:.1f}{unit} [{found['low']:.1f}, {found['high']:.1f}]"
 
 
 def _picture(results: dict[str, dict], labels: Sequence[str]) -> bytes:

@@ -8,7 +8,7 @@ nor vanish unseen: each process writes it once to the quarantine file (JSONL: id
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,9 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
         max_response_tokens: longer responses, with their end of turn, are unusable.
         quarantine: JSONL file to append unusable items to. Ranks may share it: a line is one write.
         needs_response: whether an item without a response is unusable; False for benchmarks that have none.
+        augmentation: ``(audio (A,), sampling_rate, key) -> audio (A',)``, applied to what was read. The key is made of
+            the cut's id, so a cut sounds the same in every epoch, and of "read/", so that the draws are not those that
+            another augmentation of the same seed made when the cut was written.
 
     Raises:
         ValueError: a limit is not positive, or the quarantine file cannot be written.
@@ -69,6 +72,7 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
         max_response_tokens: int,
         quarantine: Path,
         needs_response: bool = True,
+        augmentation: Callable[[Tensor, int, str], Tensor] | None = None,
     ):
         limits = {
             "sampling_rate": sampling_rate,
@@ -84,6 +88,7 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
         self.max_response_tokens = max_response_tokens
         self.quarantine = Path(quarantine)
         self.needs_response = needs_response
+        self.augmentation = augmentation
         self.counts: Counter[str] = Counter()  # "resampled", and the reasons for skipping, -> number of cuts
         self._counted: set[tuple[str, str]] = set()
         self._require_writable_quarantine()
@@ -135,7 +140,7 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
             raise Unusable("text cannot be encoded", str(error)) from error
         if len(response_ids) > self.max_response_tokens:
             raise Unusable("response too long", f"{len(response_ids)} tokens, limit {self.max_response_tokens}")
-        audio = self._audio(cut)
+        audio = self._augment(self._audio(cut), cut.id)
         if resampled:
             self._count(cut.id, "resampled")
         return SpeechItem(
@@ -164,6 +169,18 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
         if peak > _MAX_PEAK:
             raise Unusable("audio out of range", f"peak {peak:.1f}, expected samples in [-1, 1]")
         return audio.clamp_(-1.0, 1.0)
+
+    def _augment(self, audio: Tensor, cut_id: str) -> Tensor:
+        """The audio (A,) as it is to be heard, (A',); an augmentation that slows down can make it too long."""
+        if self.augmentation is None:
+            return audio
+        audio = self.augmentation(audio, self.sampling_rate, f"read/{cut_id}")
+        if len(audio) > self.max_duration_seconds * self.sampling_rate:
+            raise Unusable(
+                "too long after augmentation",
+                f"{len(audio) / self.sampling_rate:.2f} s, limit {self.max_duration_seconds:g} s",
+            )
+        return audio
 
     def _count(self, cut_id: str, event: str) -> bool:
         """Count an event once per cut; False when it was met before, in an earlier epoch."""

@@ -113,6 +113,29 @@ def gap_figure(conditions: Sequence[Condition], roles: Roles) -> bytes:
         return _png(figure)
 
 
+def robustness_figure(
+    places: Sequence[float], scores: Mapping[str, Sequence[Interval]], roles: Roles, *, x_label: str
+) -> bytes:
+    """Score of every system over what was varied, e.g. the signal-to-noise ratio."""
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(7.4, 3.8), layout="constrained")
+        axes = figure.subplots()
+        for label, row in scores.items():
+            colour, is_arm = _colour(label, roles), label in roles.arms
+            axes.fill_between(
+                places, [i.low for i in row], [i.high for i in row], color=colour, alpha=0.12, linewidth=0
+            )
+            axes.plot(
+                places, [i.value for i in row], "o-" if is_arm else "o--", color=colour, markersize=4.5,
+                linewidth=1.9 if is_arm else 1.1, label=label,
+            )  # fmt: skip
+        axes.set_xlabel(x_label)
+        axes.set_ylabel("score, %")
+        axes.grid(axis="y", color=PALE, linewidth=0.6)
+        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return _png(figure)
+
+
 def families_figure(condition: Condition, roles: Roles) -> bytes:
     """From start to first arm, family by family, the widest remaining gap on top; a bar marks the teacher."""
     first = roles.arms[0]

@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from nemo_rba.evaluation import plots
+from nemo_rba.evaluation.conditions import HeldOut
 from nemo_rba.evaluation.document import Block, Bullets, Figure, Heading, Paragraph, Strong, Table, write_document
+from nemo_rba.evaluation.modality import number, reading_blocks, robustness_blocks
+from nemo_rba.evaluation.quantities import quantity_blocks
 from nemo_rba.evaluation.results import Condition, Roles, Slice, summarise
 from nemo_rba.evaluation.runner import Prediction
 from nemo_rba.evaluation.statistics import Interval
@@ -31,6 +34,7 @@ def write_report(
     curves: plots.TrainingCurves | None,
     budget: Mapping[str, Mapping[str, str]],
     notes: Sequence[str],
+    held_out: Mapping[str, HeldOut],
     num_samples: int,
     num_draws: int,
     seed: int,
@@ -39,18 +43,20 @@ def write_report(
 
     Args:
         predictions: of all systems on all tasks, from ``runner.run``. Conditions of measure "score" are compared, those
-            of measure "wer" are listed.
+            of measure "wer" are listed. All may have further measures.
         curves: None for none.
         budget: arm -> what it was given, e.g. {"RBA": {"clips": "1.9k", "time": "45 s"}}; columns of the gap table.
+        held_out: how a condition's items reach the student, where that is not plain hearing: those that are read, or on
+            a robustness curve, are shown on their own and not compared arm by arm.
         notes: what a reader must know besides: how settings were chosen, what was not run.
         num_samples: sample prompts shown, half of them improved and half of them worsened by the first arm.
         num_draws, seed: of the bootstrap and of the choice of samples.
     """
     conditions = summarise(predictions, roles, num_draws=num_draws, seed=seed)
-    compared = [condition for condition in conditions if condition.measure == "score"]
-    if not compared:
-        raise ValueError(f"no condition of measure 'score' among {[c.name for c in conditions]}: evaluate one first")
-    headline = _headline(compared[0], roles)
+    read = [condition for condition in conditions if condition.name in held_out and held_out[condition.name].typed]
+    varied = [condition for condition in conditions if condition.name in held_out and held_out[condition.name].curve]
+    compared = [c for c in conditions if c.measure == "score" and c not in read and c not in varied]
+    headline = _headline(compared[0], roles) if compared else []
     all_notes = [*notes, *_honest_notes(compared, roles, num_draws)]
     results = {
         "title": title,
@@ -62,12 +68,13 @@ def write_report(
     }
     blocks = [
         *(Paragraph(sentence, is_lead=True) for sentence in headline),
-        *_systems(compared, roles),
-        *_gap(compared, roles, budget),
-        *_parts(compared, roles),
+        *((*_systems(compared, roles), *_gap(compared, roles, budget), *_parts(compared, roles)) if compared else ()),
+        *quantity_blocks(conditions, roles),
+        *reading_blocks(read, predictions, roles, num_draws=num_draws, seed=seed),
+        *robustness_blocks(varied, held_out, roles),
         *_recognition(conditions, roles),
         *_curves(curves, roles),
-        *_samples(compared[0], predictions, roles, num_samples, seed),
+        *(_samples(compared[0], predictions, roles, num_samples, seed) if compared else ()),
         *(Heading("Notes"), Bullets(all_notes)),
     ]
     folder = Path(folder)
@@ -83,7 +90,7 @@ def _headline(condition: Condition, roles: Roles) -> list[str]:
     basis = f"{condition.name}, {whole.num_items} items, {seeds} seed{'s' if seeds > 1 else ''}"
     if closed.is_defined:
         sentences = [
-            f"{first} closed {_number(closed, ' %')} of the gap between hearing and reading: {start:.1f} before, "
+            f"{first} closed {number(closed, ' %')} of the gap between hearing and reading: {start:.1f} before, "
             f"{arm:.1f} after, {teacher:.1f} for the teacher who reads ({basis})."
         ]
     else:
@@ -94,14 +101,14 @@ def _headline(condition: Condition, roles: Roles) -> list[str]:
         rival = whole.best_arm(roles.arms[1:])
         difference = whole.differences[rival]
         verdict = "" if difference.excludes_zero else ", which is not distinguishable from 0"
-        sentences.append(f"Against the best rival, {rival}: {_number(difference, ' points', sign=True)}{verdict}.")
+        sentences.append(f"Against the best rival, {rival}: {number(difference, ' points', sign=True)}{verdict}.")
     return sentences
 
 
 def _systems(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
     rows = []
     for label in roles.labels:
-        cells = [_number(c.whole.scores[label]) if label in c.whole.scores else "–" for c in conditions]
+        cells = [number(c.whole.scores[label]) if label in c.whole.scores else "–" for c in conditions]
         rows.append([label, str(len(roles.seeds(label))), *cells])
     header = ["system", "seeds", *(f"{c.name} ({c.whole.num_items} items)" for c in conditions)]
     caption = (
@@ -124,15 +131,22 @@ def _gap(conditions: Sequence[Condition], roles: Roles, budget: Mapping[str, Map
         row = [arm, *(budget[arm][c] if arm in budget and c in budget[arm] else "–" for c in columns)]
         for condition in conditions:
             rival = arm in condition.whole.differences
-            difference = _number(condition.whole.differences[arm], sign=True) if rival else "–"
-            row += [_number(condition.whole.gap_closed[arm], " %"), difference]
+            difference = _tested(condition.whole.differences[arm]) if rival else "–"
+            row += [number(condition.whole.gap_closed[arm], " %"), difference]
         rows.append(row)
-    caption = "Gap closed = (aligned - start) / (teacher - start), paired bootstrap over items, 95 %."
+    caption = (
+        "Gap closed = (aligned - start) / (teacher - start), paired bootstrap over items, 95 %. p: two-sided, paired "
+        "approximate randomisation over items."
+    )
     return [
         Heading("How much of the modality gap was closed"),
         Figure("gap", plots.gap_figure(conditions, roles), caption),
         Table(header, rows),
     ]
+
+
+def _tested(difference: Interval) -> str:
+    return f"{number(difference, sign=True)}, p {difference.p_value:.3f}" if difference.is_defined else "–"
 
 
 def _parts(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
@@ -141,7 +155,7 @@ def _parts(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
         if condition.kinds:
             header = ["kind", "items", *roles.labels, *(f"gap closed, {arm}" for arm in roles.arms)]
             rows = [
-                [*_part_row(kind, part, roles), *(_number(part.gap_closed[arm], " %") for arm in roles.arms)]
+                [*_part_row(kind, part, roles), *(number(part.gap_closed[arm], " %") for arm in roles.arms)]
                 for kind, part in condition.kinds.items()
             ]
             blocks += [Heading(f"By kind: {condition.name}"), Table(header, rows)]
@@ -172,7 +186,7 @@ def _recognition(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
         [
             c.name,
             str(c.whole.num_items),
-            *(_number(c.whole.scores[x]) if x in c.whole.scores else "–" for x in roles.labels),
+            *(number(c.whole.scores[x]) if x in c.whole.scores else "–" for x in roles.labels),
         ]
         for c in conditions
         if c.measure == "wer"
@@ -244,13 +258,6 @@ def _honest_notes(conditions: Sequence[Condition], roles: Roles, num_draws: int)
                 "the gap closed is undefined there, and its interval leaves them out."
             )
     return notes
-
-
-def _number(interval: Interval, unit: str = "", *, sign: bool = False) -> str:
-    if not interval.is_defined:
-        return "–"
-    form = "+.1f" if sign else ".1f"
-    return f"{interval.value:{form}}{unit} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
 def _plain(value: object) -> object:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions -> numbers with intervals: for each condition as a whole, each kind and each family the same ``Slice``.
 
-Several systems under one label are training seeds of one arm: their items are averaged before the bootstrap, and each
-seed's own score is kept beside the mean.
+Several systems under one label are training seeds of one arm: its score is the mean of theirs, which are kept beside
+it. A task may have several measures (``measures.py``): its own is there for every slice, the others for the whole
+condition. ``compare`` is for any two systems.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nemo_rba.evaluation.measures import corpus_score, short_name
 from nemo_rba.evaluation.runner import Prediction
 from nemo_rba.evaluation.statistics import Bootstrap, Interval
 from nemo_rba.evaluation.tasks import word_errors
@@ -48,7 +50,7 @@ class Slice:
     scores: dict[str, Interval]  # label -> score in percent, mean over seeds
     seeds: dict[str, list[float]]  # label -> score of each seed
     gap_closed: dict[str, Interval]  # arm -> percent of the gap between start and teacher
-    differences: dict[str, Interval]  # rival arm -> first arm minus rival, in points
+    differences: dict[str, Interval]  # rival arm -> first arm minus rival, in points, with a p-value
 
     def best_arm(self, arms: Iterable[str]) -> str:
         return max(arms, key=lambda arm: self.scores[arm].value)
@@ -60,10 +62,13 @@ class Condition:
 
     name: str
     measure: str  # "score" or "wer"
+    quantity: str  # what the numbers are, e.g. "accuracy", "BLEU"; "" where the task has one measure
+    signatures: dict[str, str]  # quantity -> how it was computed, where that was said, e.g. sacrebleu's signature
     whole: Slice
     kinds: dict[str, Slice]
     families: dict[str, Slice]
     heard_wer: dict[str, float]  # label -> word error rate of what it took for the instruction, where not perfect
+    others: dict[str, Slice]  # quantity -> the task's other measures, whole condition; no gap is closed in them
 
 
 def summarise(predictions: Sequence[Prediction], roles: Roles, *, num_draws: int, seed: int) -> list[Condition]:
@@ -83,33 +88,97 @@ def summarise(predictions: Sequence[Prediction], roles: Roles, *, num_draws: int
     return [_condition(name, by_task[name], roles, num_draws, seed) for name in names]
 
 
+def compare(
+    predictions: Sequence[Prediction], first: Sequence[str], second: Sequence[str], *, num_draws: int, seed: int
+) -> dict[str, dict[str, Interval]]:
+    """First minus second, paired: task -> quantity ("" where the task has one) -> difference with its p-value.
+
+    Args:
+        first, second: names of systems; several are training seeds of one arm.
+
+    Raises:
+        ValueError: they did not answer the same items.
+    """
+    found = {}
+    relevant = [prediction for prediction in predictions if prediction.system in {*first, *second}]
+    for name in dict.fromkeys(prediction.task for prediction in relevant):
+        table = _pair(name, [p for p in relevant if p.task == name], [*first, *second])
+        for measure in _measures(name, table):
+            bootstrap = _bootstrap(table, measure, num_draws, seed)
+            items = _arrays(table, measure)
+            ours, theirs = (np.stack([items[system] for system in side]) for side in (first, second))
+            found.setdefault(name, {})[short_name(measure)] = bootstrap.difference(ours, theirs)
+    return found
+
+
 def _condition(name: str, predictions: list[Prediction], roles: Roles, num_draws: int, seed: int) -> Condition:
     table = _by_system(name, predictions, roles)
     any_system = next(iter(table.values()))
-    measure = any_system[0].measure
+    role = any_system[0].measure
+    own, *others = _measures(name, table)
 
-    def part(rows: list[int]) -> Slice:
-        items = {s: np.array([[answers[r].value, answers[r].weight] for r in rows]) for s, answers in table.items()}
-        bootstrap = Bootstrap(num_items=len(rows), num_draws=num_draws, seed=seed)
-        return _slice(items, roles, bootstrap, compares=measure == "score")
+    def part(rows: Sequence[int], measure: str, *, has_gap: bool) -> Slice:
+        some = {system: [answers[row] for row in rows] for system, answers in table.items()}
+        return _slice(_arrays(some, measure), roles, _bootstrap(some, measure, num_draws, seed), has_gap=has_gap)
 
     def parts(group: list[str]) -> dict[str, Slice]:
-        return {g: part([r for r, its in enumerate(group) if its == g]) for g in sorted(set(group) - {""})}
+        rows = {g: [r for r, its in enumerate(group) if its == g] for g in sorted(set(group) - {""})}
+        return {g: part(its, own, has_gap=role == "score") for g, its in rows.items()}
 
+    everything = range(len(any_system))
     return Condition(
         name=name,
-        measure=measure,
-        whole=part(list(range(len(any_system)))),
+        measure=role,
+        quantity=short_name(own),
+        signatures={short_name(m): m.partition("|")[2] for m in (own, *others) if "|" in m},
+        whole=part(everything, own, has_gap=role == "score"),
         kinds=parts([prediction.kind for prediction in any_system]),
         families=parts([prediction.family for prediction in any_system]),
         heard_wer=_heard_wer(table, roles),
+        others={short_name(measure): part(everything, measure, has_gap=False) for measure in others},
     )
 
 
+def _measures(condition: str, table: dict[str, list[Prediction]]) -> list[str]:
+    """Names of the measures that all predictions have, the task's own first; [""] where it has only one."""
+    found = {tuple(prediction.statistics) for answers in table.values() for prediction in answers}
+    if len(found) > 1:
+        raise ValueError(
+            f"condition {condition!r}: predictions were scored by different measures, {sorted(found)}: evaluate again; "
+            "answers that are there are scored anew, not asked for anew"
+        )
+    return list(found.pop()) or [""]
+
+
+def _arrays(table: dict[str, list[Prediction]], measure: str) -> dict[str, np.ndarray]:
+    """System -> what its items add to a measure, (I, S)."""
+    return {
+        system: np.array([p.statistics[measure] if measure else [p.value, p.weight] for p in answers], dtype=float)
+        for system, answers in table.items()
+    }
+
+
+def _bootstrap(table: dict[str, list[Prediction]], measure: str, num_draws: int, seed: int) -> Bootstrap:
+    num_items = len(next(iter(table.values())))
+    return Bootstrap(num_items=num_items, num_draws=num_draws, seed=seed, corpus_score=corpus_score(measure))
+
+
 def _by_system(condition: str, predictions: list[Prediction], roles: Roles) -> dict[str, list[Prediction]]:
+    """``_pair`` of the systems that have a role; those of a comparison must be there."""
+    present = {prediction.system for prediction in predictions}
+    if predictions[0].measure == "score":
+        needed = [s for label in (roles.teacher, roles.start, *roles.arms) for s in roles.seeds(label)]
+        absent = [system for system in needed if system not in present]
+        if absent:
+            raise ValueError(
+                f"condition {condition!r} has no predictions of {absent}: run them, or change report.systems"
+            )
+    return _pair(condition, predictions, [system for system in roles.systems if system in present])
+
+
+def _pair(condition: str, predictions: list[Prediction], systems: Sequence[str]) -> dict[str, list[Prediction]]:
     """System -> its predictions, all in the same order of items; checks that they pair."""
-    table = {s: {p.id: p for p in predictions if p.system == s} for s in roles.systems}
-    table = {system: answers for system, answers in table.items() if answers}
+    table = {s: {p.id: p for p in predictions if p.system == s} for s in systems}
     ids = list(next(iter(table.values())))
     for system, answers in table.items():
         if set(answers) != set(ids):
@@ -118,27 +187,20 @@ def _by_system(condition: str, predictions: list[Prediction], roles: Roles) -> d
                 f"condition {condition!r}: system {system!r} answered other items than {next(iter(table))!r}, "
                 f"e.g. {odd}: finish its run, or leave it out of report.systems"
             )
-    if predictions[0].measure == "score":
-        needed = [s for label in (roles.teacher, roles.start, *roles.arms) for s in roles.seeds(label)]
-        absent = [system for system in needed if system not in table]
-        if absent:
-            raise ValueError(
-                f"condition {condition!r} has no predictions of {absent}: run them, or change report.systems"
-            )
     return {system: [answers[id] for id in ids] for system, answers in table.items()}
 
 
-def _slice(items: dict[str, np.ndarray], roles: Roles, bootstrap: Bootstrap, *, compares: bool) -> Slice:
+def _slice(items: dict[str, np.ndarray], roles: Roles, bootstrap: Bootstrap, *, has_gap: bool) -> Slice:
     seeds = {label: [items[s] for s in roles.seeds(label) if s in items] for label in roles.labels}
-    means = {label: np.mean(arrays, axis=0) for label, arrays in seeds.items() if arrays}
-    start, teacher, first = (means[x] if compares else None for x in (roles.start, roles.teacher, roles.arms[0]))
-    arms = roles.arms if compares else ()
+    arms = {label: np.stack(arrays) for label, arrays in seeds.items() if arrays}
+    first, rivals = roles.arms[0], [arm for arm in roles.arms[1:] if arm in arms]
+    start, teacher = (arms.get(label) for label in (roles.start, roles.teacher))
     return Slice(
-        num_items=len(next(iter(means.values()))),
-        scores={label: bootstrap.score(array) for label, array in means.items()},
-        seeds={x: [float(a[:, 0].sum() / a[:, 1].sum()) for a in seeds[x]] for x in means},
-        gap_closed={arm: bootstrap.gap_closed(start, means[arm], teacher) for arm in arms},
-        differences={arm: bootstrap.difference(first, means[arm]) for arm in arms[1:]},
+        num_items=next(iter(arms.values())).shape[1],
+        scores={label: bootstrap.score(arrays) for label, arrays in arms.items()},
+        seeds={label: [bootstrap.value(array) for array in arrays] for label, arrays in arms.items()},
+        gap_closed={arm: bootstrap.gap_closed(start, arms[arm], teacher) for arm in roles.arms if has_gap},
+        differences={arm: bootstrap.difference(arms[first], arms[arm]) for arm in rivals if first in arms},
     )
 
 

@@ -14,7 +14,7 @@ another number of ranks.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +23,8 @@ import torch
 from tqdm import tqdm
 
 from nemo_rba.distributed.parallel import barrier, data_parallel_lists, data_parallel_rank, model_parallel_rank, rank
-from nemo_rba.evaluation.tasks import ItemTask
+from nemo_rba.evaluation.measures import Statistics, item_share
+from nemo_rba.evaluation.tasks import ItemTask, SeveralMeasures
 from nemo_rba.functional import pad_sequences, typed
 from nemo_rba.protocols import Policy, PromptEncoder, Teacher
 from nemo_rba.types import Instruction, Rollout, SamplingParams, SpeechBatch
@@ -47,6 +48,7 @@ class Prediction:
     truncated: bool
     value: float  # the item's share of the measure: sum of values / sum of weights, in percent
     weight: float
+    statistics: Statistics = field(default_factory=dict)  # of all measures, the task's own first; {} where it has one
 
 
 class System(Protocol):
@@ -221,7 +223,6 @@ def _predict(system: System, task: ItemTask, batch: SpeechBatch) -> Iterator[Pre
             f"of 0..{len(batch) - 1} once"
         )
     for item, rollout in zip(batch.instructions, rollouts, strict=True):
-        value, weight = task.item(item, rollout.response)
         yield Prediction(
             system=system.name,
             task=task.name,
@@ -235,8 +236,7 @@ def _predict(system: System, task: ItemTask, batch: SpeechBatch) -> Iterator[Pre
             reference=item.response,
             response=rollout.response,
             truncated=rollout.truncated,
-            value=value,
-            weight=weight,
+            **_shares(task, item, rollout.response),
         )
 
 
@@ -247,10 +247,15 @@ def _scored(prediction: Prediction, task: ItemTask, item: Instruction, path: Pat
             f"{path}: item {item.id!r} was {prediction.text!r} (context {prediction.context!r}), but now the manifest "
             f"has {item.text!r} (context {item.context!r}): use a new output folder for a new manifest"
         )
-    value, weight = task.item(item, prediction.response)
-    return replace(
-        prediction, family=item.task, kind=task.kind(item), reference=item.response, value=value, weight=weight
-    )
+    shares = _shares(task, item, prediction.response)
+    return replace(prediction, family=item.task, kind=task.kind(item), reference=item.response, **shares)
+
+
+def _shares(task: ItemTask, item: Instruction, response: str) -> dict:
+    """What an answer adds to the scores: the last fields of ``Prediction``."""
+    statistics = dict(task.statistics(item, response)) if isinstance(task, SeveralMeasures) else {}
+    value, weight = item_share(statistics) if statistics else task.item(item, response)
+    return {"value": value, "weight": weight, "statistics": statistics}
 
 
 def _line(record: dict) -> bytes:

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured on a held-out set. One task is one set in one condition, e.g. "held-out voices".
 
-Every measure here is a ratio of two sums over items: mean verifier score = sum of scores / number of items, word error
-rate = sum of errors / sum of reference words. So a task only says what an item adds to both sums, and totals, tables by
-family and bootstraps (``statistics.py``) follow. All results are in percent.
+A measure is a function of sums over items, mostly the ratio of two: mean verifier score = sum of scores / number of
+items, word error rate = sum of errors / sum of reference words. So a task only says what an item adds to the sums, and
+totals, tables by family and bootstraps (``statistics.py``) follow. A ``SeveralMeasures`` task reads more than one
+number off the same answers, such as BLEU, chrF and TER, and says what an item adds to each (``measures.py``). All
+results are in percent. Other tasks: ``answers.py``, ``translation.py``, ``ifeval.py``.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import kaldialign
+import numpy as np
 import torch
 
+from nemo_rba.evaluation.measures import Statistics, corpus_score, item_share, short_name
 from nemo_rba.protocols import EvalTask, Metrics, RewardFunction
 from nemo_rba.rewards.text import normalize
 from nemo_rba.types import Instruction, Rollout, SpeechBatch
@@ -27,6 +31,48 @@ class ItemTask(EvalTask, Protocol):
 
     def item(self, instruction: Instruction, response: str) -> tuple[float, float]:
         """(numerator, denominator) that this answer adds to the corpus measure, in percent."""
+
+
+@runtime_checkable
+class SeveralMeasures(ItemTask, Protocol):
+    """An ``ItemTask`` that reads several measures off an answer. Its ``item`` is ``measures.item_share`` of them."""
+
+    def statistics(self, instruction: Instruction, response: str) -> Statistics:
+        """What this answer adds to each measure; the task's own first, the same measures for every answer."""
+
+
+class MeasuredTask:
+    """What the tasks with several measures share. A subclass says what an answer adds to them: ``statistics``.
+
+    Args:
+        name, batches, kinds: as for ``InstructionFollowingTask``.
+    """
+
+    measure = "score"
+
+    def __init__(self, *, name: str, batches: Callable[[], Iterable[SpeechBatch]], kinds: Mapping[str, str]):
+        self.name = name
+        self.batches = batches
+        self.kinds = dict(kinds)
+
+    def kind(self, instruction: Instruction) -> str:
+        return _kind(self.kinds, instruction)
+
+    def statistics(self, instruction: Instruction, response: str) -> Statistics:
+        raise NotImplementedError
+
+    def item(self, instruction: Instruction, response: str) -> tuple[float, float]:
+        return item_share(self.statistics(instruction, response))
+
+    def score(self, rollouts: Sequence[Rollout]) -> Metrics:
+        """Every measure by its short name; the task's own is also called ``measure``, "score" or "wer"."""
+        _require(self, rollouts)
+        items = [self.statistics(rollout.instruction, rollout.response) for rollout in rollouts]
+        scores = {}
+        for name in items[0]:
+            sums = np.array([item[name] for item in items], dtype=float).sum(0)
+            scores[short_name(name)] = float(corpus_score(name)(sums[None])[0])
+        return {self.measure: next(iter(scores.values()))} | scores
 
 
 class InstructionFollowingTask:
@@ -102,43 +148,40 @@ class RewardTask:
         return _kind(self.kinds, instruction)
 
     def item(self, instruction: Instruction, response: str) -> tuple[float, float]:
-        rollout = Rollout(
-            prompt_index=0,
-            instruction=instruction,
-            response=response,
-            token_ids=torch.empty(0, dtype=torch.int64),
-            logprobs=None,
-            truncated=False,
-        )
-        return 100 * float(self.reward([rollout])[0]), 1.0
+        return 100 * float(self.reward([as_rollout(instruction, response)])[0]), 1.0
 
     def score(self, rollouts: Sequence[Rollout]) -> Metrics:
         return {"score": _corpus(self, rollouts)}
 
 
-class TranscriptionTask:
-    """Word error rate of answers that should repeat ``instruction.text``, in percent; case and punctuation forgiven.
+class TranscriptionTask(MeasuredTask):
+    """Word and character error rate of answers that should repeat ``instruction.text``, in percent.
+
+    Both are summed over the set: errors of all items / words (characters, with the spaces between words) of all
+    references. A reference that ``normalizer`` leaves empty, "[noise]" to Whisper's, still counts what was inserted.
 
     Args:
         name: of the condition; also the folder of its predictions.
         batches: gives the whole set, with a ``context`` that asks for a transcript.
+        normalizer: text -> words that count: ``rewards.text.normalize`` forgives case and punctuation; for numbers that
+            compare with published ones, Whisper's (arXiv 2212.04356, appendix C) of the package whisper_normalizer,
+            ``EnglishTextNormalizer`` for English and ``BasicTextNormalizer`` for other languages
+            (``split_letters: true`` where words are not spaced, ``preserve_marks: true`` for Indic scripts).
     """
 
     measure = "wer"
 
-    def __init__(self, *, name: str, batches: Callable[[], Iterable[SpeechBatch]]):
-        self.name = name
-        self.batches = batches
+    def __init__(self, *, name: str, batches: Callable[[], Iterable[SpeechBatch]], normalizer: Callable[[str], str]):
+        super().__init__(name=name, batches=batches, kinds={})
+        self.normalizer = normalizer
+        how = getattr(normalizer, "__name__", type(normalizer).__name__)
+        self._names = (f"WER|normalizer:{how}", f"CER|normalizer:{how}")
 
-    def kind(self, instruction: Instruction) -> str:
-        return ""
-
-    def item(self, instruction: Instruction, response: str) -> tuple[float, float]:
-        errors, words = word_errors(instruction.text, response)
-        return 100.0 * errors, float(words)
-
-    def score(self, rollouts: Sequence[Rollout]) -> Metrics:
-        return {"wer": _corpus(self, rollouts)}
+    def statistics(self, instruction: Instruction, response: str) -> Statistics:
+        reference, answer = (" ".join(self.normalizer(text).split()) for text in (instruction.text, response))
+        pairs = ((reference.split(), answer.split()), (list(reference), list(answer)))
+        counts = [(kaldialign.edit_distance(ours, theirs)["total"], len(ours)) for ours, theirs in pairs]
+        return {name: [100.0 * errors, float(of)] for name, (errors, of) in zip(self._names, counts, strict=True)}
 
 
 def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
@@ -151,9 +194,21 @@ def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
     return kaldialign.edit_distance(words, normalize(hypothesis).split())["total"], len(words)
 
 
-def _corpus(task: ItemTask, rollouts: Sequence[Rollout]) -> float:
+def as_rollout(instruction: Instruction, response: str) -> Rollout:
+    """An answer as rewards take it, without the tokens it was made of."""
+    ids = torch.empty(0, dtype=torch.int64)
+    return Rollout(
+        prompt_index=0, instruction=instruction, response=response, token_ids=ids, logprobs=None, truncated=False
+    )
+
+
+def _require(task: ItemTask, rollouts: Sequence[Rollout]) -> None:
     if not rollouts:
         raise ValueError(f"task {task.name!r} was asked to score no rollouts: is its manifest empty?")
+
+
+def _corpus(task: ItemTask, rollouts: Sequence[Rollout]) -> float:
+    _require(task, rollouts)
     sums = [task.item(rollout.instruction, rollout.response) for rollout in rollouts]
     return sum(numerator for numerator, _ in sums) / sum(denominator for _, denominator in sums)
 

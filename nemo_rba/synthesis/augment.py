@@ -2,12 +2,14 @@
 """Making clean synthetic speech sound recorded: noise at a drawn signal-to-noise ratio, then a drawn level.
 
 An augmentation is a callable ``(audio (A,), sampling_rate, key) -> audio (A,)`` whose draws depend on its seed and on
-``key`` (the id of the utterance) alone, so the order of work, a restart or the number of workers changes nothing.
+``key`` (the id of the utterance) alone, so the order of work, a restart or the number of workers changes nothing. The
+words stay; the length may change. Here are noise, and ``Chain`` and ``OneOf``, which put augmentations together; rooms,
+telephones, codecs, speed and level are in ``augment_effects.py``.
 """
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from lhotse import CutSet, MonoCut, Recording
 from torch import Tensor
 
+Augmentation = Callable[[Tensor, int, str], Tensor]
 PINK_FLOOR_HZ = 20.0  # below this pink noise is flat, as it would otherwise be mostly inaudible rumble
 
 
@@ -81,6 +84,55 @@ class RecordedNoiseAugmentation:
         mixed = CutSet.from_cuts([clip]).mix(noise, snr=self._snr_db, seed=seed, random_mix_offset=True)
         samples = next(iter(mixed)).load_audio()[0]  # (A,)
         return set_peak(torch.from_numpy(samples[: len(audio)].copy()), rng.uniform(*self._peak))
+
+
+class Chain:
+    """One augmentation after another: a room, noise in it, then the telephone.
+
+    Each draws for itself, also where two have the same seed.
+
+    Raises:
+        ValueError: no augmentations.
+    """
+
+    def __init__(self, *, augmentations: Sequence[Augmentation]):
+        if not augmentations:
+            raise ValueError("augment.augmentations of a Chain is empty; give at least one, or set augment to null")
+        self._augmentations = list(augmentations)
+
+    def __call__(self, audio: Tensor, sampling_rate: int, key: str) -> Tensor:
+        """audio (A,) -> (A',). ``key`` names the utterance."""
+        for place, augmentation in enumerate(self._augmentations):
+            audio = augmentation(audio, sampling_rate, f"{key}/{place}")
+        return audio
+
+
+class OneOf:
+    """One of several augmentations, drawn for each utterance.
+
+    Args:
+        augmentations: to choose from; None leaves the speech as it is.
+        probabilities: of each; they add up to 1.
+        seed: with ``key`` it decides the choice.
+
+    Raises:
+        ValueError: probabilities that do not fit the augmentations, are negative or do not add up to 1.
+    """
+
+    def __init__(self, *, augmentations: Sequence[Augmentation | None], probabilities: Sequence[float], seed: int):
+        probabilities = [float(probability) for probability in probabilities]
+        unfit = len(probabilities) != len(augmentations) or any(p < 0 for p in probabilities)
+        if unfit or abs(sum(probabilities) - 1) > 1e-6:
+            raise ValueError(f"augment.probabilities of OneOf are {probabilities} for {len(augmentations)} "
+                             "augmentations; expected one for each, at least 0, adding up to 1")  # fmt: skip
+        self._augmentations, self._seed = list(augmentations), seed
+        self._bounds = np.cumsum(probabilities) / sum(probabilities)
+
+    def __call__(self, audio: Tensor, sampling_rate: int, key: str) -> Tensor:
+        """audio (A,) -> (A',). ``key`` names the utterance."""
+        draw = keyed_rng(self._seed, f"{key}/choice").random()
+        augmentation = self._augmentations[int(np.searchsorted(self._bounds, draw, side="right"))]
+        return audio if augmentation is None else augmentation(audio, sampling_rate, key)
 
 
 def keyed_seed(seed: int, key: str) -> int:

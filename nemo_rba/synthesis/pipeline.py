@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-synthesis: a teacher's instructions and answers, spoken, as a Lhotse Shar folder per split.
 
-Stages: text (``instructions.TextStage``: sample, filter, answer, filter), then speech (speak, augment, write), one
-shard at a time. Both can be interrupted at any moment and go on where they were when run again: text by finished
-batches, speech by finished shards. Everything is drawn by keys (batch number, utterance id), never by order of work,
-so a resumed run gives what an uninterrupted one gives. The output folder:
+Stages: text (``instructions.TextStage``: sample, filter, answer, filter), then speech (``speech.SpeechStage``: speak,
+check, augment, write), one shard at a time. Both can be interrupted at any moment and go on where they were when run
+again: text by finished batches, speech by finished shards. Everything is drawn by keys (batch number, utterance id),
+never by order of work, so a resumed run gives what an uninterrupted one gives. The output folder:
 
     config.json  text/batch-*.jsonl  speech/*.json  <split>/cuts.* recording.*  counts.json  dropped.jsonl  card.*
+    quality.jsonl  where clips are checked: the dropped and the borderline ones
+
+A clip that is dropped is not made up for: its split has one less, the account says so, and the test sets of several
+voices, which speak the same instructions, stay comparable.
 """
 
 import copy
@@ -20,20 +24,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo.utils import logging
-from torch import Tensor
-from tqdm import tqdm
 
-from nemo_rba.manifest import ManifestWriter
 from nemo_rba.protocols import TTS, Teacher
-from nemo_rba.synthesis.augment import keyed_rng
+from nemo_rba.synthesis.augment import Augmentation
 from nemo_rba.synthesis.filters import Filter, normalize_text
 from nemo_rba.synthesis.instructions import Quota, TextResult, TextStage, write_jsonl, write_text
+from nemo_rba.synthesis.quality import BORDERLINE, QualityControl
+from nemo_rba.synthesis.speech import SpeechStage
 from nemo_rba.synthesis.spoken_form import SpokenForm
-from nemo_rba.types import Instruction, SamplingParams, Utterance
+from nemo_rba.types import Instruction, SamplingParams
 
-Augment = Callable[[Tensor, int, str], Tensor]
 FREE_KEYS = ("output", "max_batches", "allow_fewer", "on_change")  # may change between two runs of one data set
-CLIPS_PER_CALL = 32  # clips synthesized between two movements of the progress bar
+FREE_QUALITY_KEYS = ("max_dropped_share",)  # and these of ``quality``
 CLIP_SECONDS_GUESS = 4.0  # for the estimate of disk space
 
 
@@ -44,7 +46,7 @@ class Split:
     name: str  # folder below the output
     size: int  # utterances
     tts: TTS  # its voices
-    augment: Augment | None  # None = clean speech
+    augment: Augmentation | None  # None = clean speech
     instructions_of: str  # its own name, or the split whose first ``size`` instructions it speaks again
     shares: Mapping[str, float]  # kind -> share of ``size``, e.g. {open: 0.5, closed: 0.5}; {} = as they come
     seen_speakers: bool  # True allows speakers of the training split
@@ -79,6 +81,7 @@ class SelfSynthesis:
         on_change: what to do where ``output`` holds data of another configuration: ``refuse``, or ``restart``, which
             sets the old folder aside.
         seed: decides answers and speakers.
+        quality: checks every clip; None checks nothing.
 
     Raises:
         ValueError: splits that contradict each other, speakers shared with the training split, an unusable output.
@@ -90,14 +93,13 @@ class SelfSynthesis:
                  splits: Sequence[Split], train_split: str, split_of: Callable[[str], str],
                  task_of: Callable[[str], str], kind_of: Callable[[str], str], max_batches: int, allow_fewer: bool,
                  max_duration_seconds: float, shard_size: int, audio_format: str, output: str, on_change: str,
-                 seed: int):  # fmt: skip
+                 seed: int, quality: QualityControl | None):  # fmt: skip
         _check_splits(splits, train_split)
         if on_change not in ("refuse", "restart"):
             raise ValueError(f"synthesis.on_change is {on_change!r}; expected 'refuse' or 'restart'")
         self._teacher_name, self._splits, self._train_split = teacher_name, splits, train_split
         self._max_batches, self._allow_fewer, self._on_change = max_batches, allow_fewer, on_change
-        self._max_duration, self._shard_size, self._audio_format = max_duration_seconds, shard_size, audio_format
-        self._output, self._seed = Path(output), seed
+        self._output, self._quality = Path(output), quality
         self._text = {
             "teacher": teacher, "sampler": sampler, "response_params": response_params, "context": context,
             "spoken_form": spoken_form, "split_of": split_of, "task_of": task_of, "kind_of": kind_of, "seed": seed,
@@ -106,6 +108,10 @@ class SelfSynthesis:
             "instruction_filters": instruction_filters, "speech_filters": speech_filters,
             "response_filters": response_filters,
         }  # fmt: skip
+        self._speech = SpeechStage(
+            output=self._output, teacher_name=teacher_name, quality=quality, max_duration_seconds=max_duration_seconds,
+            shard_size=shard_size, audio_format=audio_format, seed=seed,
+        )  # fmt: skip
         _check_output(self._output, splits)
 
     def run(self, config: Mapping) -> dict:
@@ -116,12 +122,13 @@ class SelfSynthesis:
                 later run with another one is refused.
 
         Raises:
-            ValueError: another configuration's data in the output, quotas not met, instructions shared between splits.
+            ValueError: another configuration's data in the output, quotas not met, instructions shared between splits,
+                too many clips dropped.
         """
         try:
             self._check_config(config)
             text = self._run_text()
-            reports = {split.name: self._speak_split(split, text) for split in self._splits}
+            reports = self._run_speech(text)
             card = self._account(text, reports)
             write_text(self._output / "card.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
             write_text(self._output / "card.md", render_card(card))
@@ -136,6 +143,8 @@ class SelfSynthesis:
     def _check_config(self, config: Mapping) -> None:
         stored = self._output / "config.json"
         settings = json.loads(json.dumps({key: config[key] for key in config if key not in FREE_KEYS}))
+        for key in FREE_QUALITY_KEYS:
+            (settings.get("quality") or {}).pop(key, None)
         if stored.exists():
             different = _differing_keys(json.loads(stored.read_text()), settings, "")
             if different and self._on_change == "refuse":
@@ -174,78 +183,37 @@ class SelfSynthesis:
         _check_disjoint(result.splits)
         return result
 
-    def _speak_split(self, split: Split, text: TextResult) -> list[dict]:
-        """Write the missing shards of a split; returns the reports of all its shards."""
-        (self._output / "speech").mkdir(exist_ok=True)
-        chosen = text.splits[split.instructions_of][: split.size]
-        items = [replace(item, id=f"{split.name}-{number:06d}") for number, item in enumerate(chosen)]
-        reports = []
-        with tqdm(total=len(items), desc=f"speech {split.name}", unit="clip") as progress:
-            for shard, start in enumerate(range(0, len(items), self._shard_size)):
-                done = self._output / "speech" / f"{split.name}.{shard:06d}.json"
-                batch = items[start : start + self._shard_size]
-                report = json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
-                if report is None or report["items"] != len(batch):  # a last shard may have grown, by allow_fewer
-                    report = self._speak_shard(split, shard, batch, progress)
-                    write_text(done, json.dumps(report, ensure_ascii=False) + "\n")
-                else:
-                    progress.update(len(batch))
-                reports.append(report)
+    def _run_speech(self, text: TextResult) -> dict[str, list[dict]]:
+        """The reports of all shards, by split."""
+        reports: dict[str, list[dict]] = {}
+        for split in self._splits:
+            chosen = text.splits[split.instructions_of][: split.size]
+            items = [replace(item, id=f"{split.name}-{number:06d}") for number, item in enumerate(chosen)]
+            reports[split.name] = []
+            for report in self._speech.run(items, split=split.name, tts=split.tts, augment=split.augment):
+                reports[split.name].append(report)
+                self._check_losses(split.name, len(items), text, reports)
+            dropped = [row for report in reports[split.name] for row in report["dropped"]]
+            if dropped:
+                logging.warning(f"split {split.name}: {len(dropped)} of {len(items)} clips dropped, not made up for: "
+                                f"{_most_common(dropped)}")  # fmt: skip
         return reports
 
-    def _speak_shard(self, split: Split, shard: int, items: list[Instruction], progress: tqdm) -> dict:
-        """Synthesize one shard in a temporary folder and move it into place; returns its report."""
-        temporary, folder = self._output / f".{split.name}.tmp", self._output / split.name
-        shutil.rmtree(temporary, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        report = {
-            "items": len(items),
-            "seconds": 0.0,
-            "clips": 0,
-            "speakers": Counter(),
-            "tasks": Counter(),
-            "dropped": [],
-        }
-        with ManifestWriter(folder=temporary, shard_size=self._shard_size, audio_format=self._audio_format,
-                            teacher=self._teacher_name, first_shard=shard) as writer:  # fmt: skip
-            for start in range(0, len(items), CLIPS_PER_CALL):
-                batch = items[start : start + CLIPS_PER_CALL]
-                for item, utterance, reason in self._utter(split, batch):
-                    if utterance is None:
-                        report["dropped"].append({"id": item.id, "text": item.text, "reason": reason})
-                        continue
-                    writer.write(utterance)
-                    report["clips"] += 1
-                    report["seconds"] += len(utterance.audio) / utterance.sampling_rate
-                    report["speakers"][utterance.speaker] += 1
-                    report["tasks"][item.task] += 1
-                progress.update(len(batch))
-        for path in sorted(temporary.iterdir(), reverse=True):  # recordings before cuts
-            path.replace(folder / path.name)
-        temporary.rmdir()
-        return report
-
-    def _utter(self, split: Split, items: list[Instruction]):
-        """Yields (instruction, utterance or None, why not)."""
-        speakers = [self._draw_speaker(split, item) for item in items]
-        for item, speaker, audio in zip(items, speakers, _synthesize(split.tts, items, speakers), strict=True):
-            rate = split.tts.sampling_rate
-            if isinstance(audio, ValueError):
-                yield item, None, "speech: the synthesizer refused the text"
-                logging.warning(f"{item.id} dropped: {audio}")
-            elif len(audio) > self._max_duration * rate:
-                yield item, None, f"speech: longer than {self._max_duration:g} s"
-            else:
-                if split.augment is not None:
-                    audio = split.augment(audio, rate, item.id)
-                yield item, Utterance(instruction=item, audio=audio, sampling_rate=rate, speaker=speaker), ""
-
-    def _draw_speaker(self, split: Split, item: Instruction) -> str:
-        speakers = split.tts.speakers
-        return speakers[int(keyed_rng(self._seed, f"speaker/{item.id}").integers(len(speakers)))]
+    def _check_losses(self, name: str, asked: int, text: TextResult, reports: dict[str, list[dict]]) -> None:
+        """Stop as soon as a split has lost too many clips: what is still to be spoken cannot bring them back."""
+        dropped = [row for report in reports[name] for row in report["dropped"]]
+        if self._quality is None or len(dropped) <= self._quality.max_dropped_share * asked:
+            return
+        self._account(text, reports)
+        raise ValueError(
+            f"split {name}: {len(dropped)} of {asked} clips dropped so far, more than quality.max_dropped_share="
+            f"{self._quality.max_dropped_share:g} allows, for {_most_common(dropped)}. They are listed in "
+            f"{self._output}/dropped.jsonl and quality.jsonl: mend the synthesizer (splits.*.tts), loosen "
+            "quality.checks, or allow a larger share"
+        )
 
     def _account(self, text: TextResult, reports: dict[str, list[dict]]) -> dict:
-        """Write ``counts.json`` and ``dropped.jsonl``; returns the card."""
+        """Write ``counts.json``, ``dropped.jsonl`` and, if clips are checked, ``quality.jsonl``; returns the card."""
         dropped = [{"id": i.id, "text": i.text, "response": i.response, "reason": r} for i, r in text.dropped]
         dropped += [row for shards in reports.values() for report in shards for row in report["dropped"]]
         write_jsonl(self._output / "dropped.jsonl", dropped)
@@ -257,6 +225,10 @@ class SelfSynthesis:
             "instructions": {name: len(items) for name, items in text.splits.items()},
             "splits": {name: _sum_reports(shards) for name, shards in reports.items()},
         }
+        if self._quality is not None:
+            rows = [row for shards in reports.values() for report in shards for row in report["quality"]]
+            write_jsonl(self._output / "quality.jsonl", rows)
+            card["quality"] = {name: _sum_quality(shards) for name, shards in reports.items()}
         write_text(self._output / "counts.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
         examples = {name: [(i.text, i.response, i.task) for i in items[:5]] for name, items in text.splits.items()}
         return card | {"examples": examples}
@@ -296,6 +268,11 @@ def render_card(card: Mapping) -> str:
         lines += [f"| {e} | {' | '.join(str(counts.get(e, 0)) for counts in totals.values())} |" for e in names]
     lines += ["", f"{card['sampled']} instructions were sampled in {card['batches']} batches.", ""]
     lines += ["| dropped for | count |", "|---|---|"] + [f"| {r} | {n} |" for r, n in card["dropped"].items()]
+    if "quality" in card:
+        lines += ["", "| split | spoken | kept | dropped | borderline |", "|---|---|---|---|---|"]
+        for name, found in card["quality"].items():
+            borderline = ", ".join(f"{reason} ({count})" for reason, count in found["borderline"].items())
+            lines.append(f"| {name} | {found['spoken']} | {found['kept']} | {found['dropped']} | {borderline} |")
     lines += ["", "| split | instruction | response | task |", "|---|---|---|---|"]
     for name, rows in card["examples"].items():
         lines += [
@@ -304,21 +281,25 @@ def render_card(card: Mapping) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _synthesize(tts: TTS, items: list[Instruction], speakers: list[str]) -> list[Tensor | ValueError]:
-    """One waveform or refusal per item; where a text spoils its batch, the batch is spoken one by one."""
-    try:
-        return tts.synthesize([item.text for item in items], speakers)
-    except ValueError as error:
-        if len(items) == 1:
-            return [error]
-    return [_synthesize(tts, [item], [speaker])[0] for item, speaker in zip(items, speakers, strict=True)]
-
-
 def _sum_reports(shards: list[dict]) -> dict:
     total = {key: sum((Counter(shard[key]) for shard in shards), Counter()) for key in ("speakers", "tasks")}
     seconds = sum(shard["seconds"] for shard in shards)
     ordered = {key: dict(sorted(counts.items())) for key, counts in total.items()}
     return {"clips": sum(shard["clips"] for shard in shards), "hours": seconds / 3600, **ordered}
+
+
+def _sum_quality(shards: list[dict]) -> dict:
+    borderline = Counter(row["reason"] for s in shards for row in s["quality"] if row["verdict"] == BORDERLINE)
+    return {
+        "spoken": sum(shard["items"] for shard in shards),
+        "kept": sum(shard["clips"] for shard in shards),
+        "dropped": sum(len(shard["dropped"]) for shard in shards),
+        "borderline": dict(borderline.most_common()),
+    }
+
+
+def _most_common(dropped: list[dict]) -> str:
+    return ", ".join(f"{r} ({n})" for r, n in Counter(row["reason"] for row in dropped).most_common(4))
 
 
 def _count_reasons(result: TextResult) -> Counter:

@@ -41,9 +41,9 @@ class EspeakTTS:
         if not (voices and rates and pitches):
             raise ValueError(f"EspeakTTS has no speakers: voices={list(voices)}, rates={list(rates)}, pitches="
                              f"{list(pitches)}; each of tts.voices, tts.rates and tts.pitches needs one")  # fmt: skip
-        _check_range("rates", rates, ESPEAK_RATES)
-        _check_range("pitches", pitches, ESPEAK_PITCHES)
-        _check_sampling_rate(sampling_rate)
+        check_range("rates", rates, ESPEAK_RATES)
+        check_range("pitches", pitches, ESPEAK_PITCHES)
+        check_sampling_rate(sampling_rate)
         with _Espeak() as espeak:
             for voice in voices:
                 espeak.check_voice(voice)
@@ -58,7 +58,7 @@ class EspeakTTS:
         Raises:
             ValueError: an unknown speaker, lists of different length, or a text that gives no sound.
         """
-        _check_request(texts, speakers, self._settings)
+        check_request(texts, speakers, self._settings)
         return [self._speak(text, speaker) for text, speaker in zip(texts, speakers, strict=True)]
 
     def _speak(self, text: str, speaker: str) -> Tensor:
@@ -154,9 +154,9 @@ class FastPitchTTS:
         if not speakers or pace <= 0 or batch_size < 1:
             raise ValueError(f"FastPitchTTS: tts.speakers={list(speakers)}, tts.pace={pace}, tts.batch_size="
                              f"{batch_size}; expected at least one speaker, pace > 0, batch_size >= 1")  # fmt: skip
-        _check_sampling_rate(sampling_rate)
-        self._fastpitch = _load_nemo(FastPitchModel, fastpitch, "fastpitch", device)
-        self._vocoder = _load_nemo(HifiGanModel, vocoder, "vocoder", device)
+        check_sampling_rate(sampling_rate)
+        self._fastpitch = load_nemo(FastPitchModel, fastpitch, "fastpitch", device)
+        self._vocoder = load_nemo(HifiGanModel, vocoder, "vocoder", device)
         self._model_rate = int(self._fastpitch.cfg.sample_rate)
         if self._model_rate != int(self._vocoder.cfg.sample_rate):
             raise ValueError(f"{fastpitch} (tts.fastpitch) is trained at {self._model_rate} Hz but {vocoder} "
@@ -164,14 +164,14 @@ class FastPitchTTS:
         embedding = self._fastpitch.fastpitch.speaker_emb
         self._multispeaker = embedding is not None
         num_speakers = embedding.num_embeddings if self._multispeaker else 1
-        _check_range("speakers", speakers, range(num_speakers))
+        check_range("speakers", speakers, range(num_speakers))
         self._pace, self._batch_size, self._device = pace, batch_size, device
         self.sampling_rate = sampling_rate
         self.speakers = tuple(str(speaker) for speaker in speakers)
 
     def synthesize(self, texts: Sequence[str], speakers: Sequence[str]) -> list[Tensor]:
         """One waveform (A_i,) per text, on the CPU; see ``EspeakTTS.synthesize``."""
-        _check_request(texts, speakers, self.speakers)
+        check_request(texts, speakers, self.speakers)
         waveforms = []
         for start in range(0, len(texts), self._batch_size):
             batch = slice(start, start + self._batch_size)
@@ -204,7 +204,7 @@ class FastPitchTTS:
         return self._fastpitch.parse(text)[0].cpu()
 
 
-def _load_nemo(model_class, source: str, key: str, device: str):
+def load_nemo(model_class, source: str, key: str, device: str):
     """A ``.nemo`` file or a pretrained model, in evaluation mode on ``device``."""
     advice = f"download it where there is a network (ngc.nvidia.com or huggingface.co) and give the file as tts.{key}"
     path = Path(source)
@@ -239,7 +239,7 @@ def trim_silence(audio: Tensor, sampling_rate: int, text: str) -> Tensor:
     return audio[max(0, int(loud[0]) - margin) : int(loud[-1]) + margin + 1].clone()
 
 
-def _check_request(texts: Sequence[str], speakers: Sequence[str], known) -> None:
+def check_request(texts: Sequence[str], speakers: Sequence[str], known) -> None:
     if len(texts) != len(speakers):
         raise ValueError(f"{len(texts)} texts but {len(speakers)} speakers; expected one speaker per text")
     for speaker in speakers:
@@ -247,12 +247,12 @@ def _check_request(texts: Sequence[str], speakers: Sequence[str], known) -> None
             raise ValueError(f"unknown speaker {speaker!r}; this synthesizer has {', '.join(list(known)[:20])}")
 
 
-def _check_range(key: str, values: Sequence[int], allowed: range) -> None:
+def check_range(key: str, values: Sequence[int], allowed: range) -> None:
     for value in values:
         if value not in allowed:
             raise ValueError(f"tts.{key} has {value!r}; expected whole numbers {allowed.start} to {allowed.stop - 1}")
 
 
-def _check_sampling_rate(sampling_rate: int) -> None:
+def check_sampling_rate(sampling_rate: int) -> None:
     if sampling_rate < 8000:
         raise ValueError(f"tts.sampling_rate is {sampling_rate!r}; expected Hz, at least 8000 (speech models: 16000)")

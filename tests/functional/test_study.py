@@ -21,6 +21,13 @@ budgets: {8: {max_steps: 2, val_check_interval: 2}}
 common: [data.num_train=12, data.num_dev=6, data.num_test=10, data.num_test_seen=6, data.batch_size=4,
   num_minibatches=1, warmup_steps=1, evaluation.num_draws=50,
   exp_manager.checkpoint_callback_params.monitor=val/obeys]
+conditions:
+  held-out voices: test
+  noisy:
+    split: test
+    augmentation: {_target_: nemo_rba.synthesis.augment.NoiseAugmentation, snr_db_min: 0.0, snr_db_max: 10.0,
+      color: pink, peak_min: 0.3, peak_max: 0.9, seed: "${seed}"}
+  typed: {split: test, typed: true}
 arms:
   rba: {label: RBA, learning_rates: [2.0e-4], overrides: [rollouts.group_size=2]}
   fresh:

@@ -138,6 +138,31 @@ def test_a_batch_without_usable_items_is_none(dataset, cut_of):
     assert dataset[CutSet.from_cuts([missing(cut_of)])] is None
 
 
+def test_an_augmentation_is_applied_to_what_was_read_by_the_cut_alone(tmp_path, word_prompt, cut_of):
+    asked = []
+
+    def slower(audio: torch.Tensor, sampling_rate: int, key: str) -> torch.Tensor:
+        asked.append((len(audio), sampling_rate, key))
+        return audio.repeat(2) * 0.5
+
+    dataset = SpeechInstructionDataset(
+        prompt=word_prompt,
+        sampling_rate=16000,
+        max_duration_seconds=0.1,
+        max_response_tokens=12,
+        quarantine=tmp_path / "quarantine.jsonl",
+        augmentation=slower,
+    )
+    cuts = [cut_of("a", level(0.5)), cut_of("b", level(0.25, 300), rate=8000), cut_of("c", level(0.5, 801))]
+    for _ in range(2):
+        batch = dataset[CutSet.from_cuts(cuts)]
+        assert batch.audio_lens.tolist() == [1600, 1200]
+        torch.testing.assert_close(batch.audio[0], level(0.25, 1600))
+    assert asked == [(800, 16000, "read/a"), (600, 16000, "read/b"), (801, 16000, "read/c")] * 2
+    assert listed(dataset) == [("c", "too long after augmentation")]
+    assert batch.instructions[0].text == "say a"
+
+
 @pytest.mark.parametrize("key", ["sampling_rate", "max_duration_seconds", "max_response_tokens"])
 def test_limits_must_be_positive(tmp_path, word_prompt, key):
     settings = {"sampling_rate": 16000, "max_duration_seconds": 1.0, "max_response_tokens": 9} | {key: 0}

@@ -28,6 +28,7 @@ def make_report(folder, predictions, **changes):
         "curves": None,
         "budget": {"RBA": {"clips": "1.9k"}, "SFT": {"clips": "1.9k", "time": "45 s"}},
         "notes": ["Choices were made on dev."],
+        "held_out": {},
         "num_samples": 4,
         "num_draws": 200,
         "seed": 0,

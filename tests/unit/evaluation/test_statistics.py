@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+from itertools import product
+
 import numpy as np
 import pytest
+from scipy.stats import permutation_test
 
-from nemo_rba.evaluation.statistics import Bootstrap
+from nemo_rba.evaluation.statistics import Bootstrap, randomisation_test, ratio_of_sums
 
 
 def items(values) -> np.ndarray:
@@ -65,3 +68,79 @@ def test_the_seed_decides_and_shapes_are_checked():
         Bootstrap(num_items=50, num_draws=9, seed=0).score(flips(0.5, 10))
     with pytest.raises(ValueError, match="num_items 0"):
         Bootstrap(num_items=0, num_draws=9, seed=0)
+
+
+def test_p_value_is_the_share_of_exchanges_with_no_smaller_difference():
+    rng = np.random.default_rng(0)
+    ours, theirs = (np.stack([rng.normal(size=8), rng.integers(1, 4, size=8)], axis=1) for _ in range(2))
+    observed = abs(float(ratio_of_sums(ours.sum(0)[None])[0] - ratio_of_sums(theirs.sum(0)[None])[0]))
+    sizes = []
+    for exchange in product([False, True], repeat=8):
+        swap = np.array(exchange)[:, None]
+        a, b = np.where(swap, theirs, ours).sum(0), np.where(swap, ours, theirs).sum(0)
+        sizes.append(abs(a[0] / a[1] - b[0] / b[1]))
+    exact = np.mean(np.array(sizes) >= observed - 1e-9)
+    found = randomisation_test(ours, theirs, num_draws=20000, seed=1)
+    assert found == pytest.approx(exact, abs=0.01)
+    assert found == randomisation_test(theirs, ours, num_draws=20000, seed=1)
+
+
+def test_p_value_of_right_and_wrong_is_scipys_and_counts_ties():
+    ours, theirs = (
+        items([100] * 5 + [0] * 20 + [100] * 10),
+        items([0] * 25 + [100] * 10),
+    )  # five items differ, all alike
+    exact = permutation_test(
+        (ours[:, 0], theirs[:, 0]), lambda a, b: a.mean() - b.mean(), permutation_type="samples", n_resamples=20000,
+        rng=0,
+    ).pvalue  # fmt: skip
+    interval = Bootstrap(num_items=35, num_draws=20000, seed=2).difference(ours, theirs)
+    assert interval.p_value == pytest.approx(2 / 2**5, abs=0.006)
+    assert interval.p_value == pytest.approx(exact, abs=0.01)
+    assert Bootstrap(num_items=35, num_draws=50, seed=2).score(ours).p_value is None
+
+
+def test_p_value_is_one_without_a_difference_and_never_zero():
+    bootstrap = Bootstrap(num_items=1000, num_draws=99, seed=0)
+    assert bootstrap.difference(flips(0.4), flips(0.4)).p_value == 1.0
+    assert bootstrap.difference(flips(0.9), flips(0.1)).p_value == 0.01
+
+
+def test_p_values_of_equal_systems_are_evenly_spread():
+    rng = np.random.default_rng(4)
+    found = [
+        randomisation_test(items(rng.random(30) < 0.5), items(rng.random(30) < 0.5), num_draws=200, seed=trial)
+        for trial in range(300)
+    ]
+    for level in (0.05, 0.2, 0.5):
+        assert np.mean(np.array(found) <= level) <= level + 2.5 * np.sqrt(level * (1 - level) / 300)
+
+
+def test_seeds_are_averaged_after_they_are_scored():
+    first, second = items([0, 100]), np.array([[100.0, 1], [100, 3]])
+    seeds = np.stack([first, second])  # 50 and 50
+    bootstrap = Bootstrap(num_items=2, num_draws=500, seed=0)
+    assert bootstrap.score(seeds).value == 50.0
+    assert bootstrap.value(second) == 50.0
+    assert bootstrap.difference(seeds, second).value == 0.0
+    squares = Bootstrap(num_items=2, num_draws=500, seed=0, corpus_score=lambda sums: sums[:, 0] ** 2)
+    assert squares.score(seeds).value == (100.0**2 + 200.0**2) / 2
+
+
+def test_unequal_numbers_of_seeds_are_compared_by_their_means():
+    rng = np.random.default_rng(5)
+    three, two = (np.stack([items(rng.random(40) < p) for _ in range(k)]) for k, p in ((3, 0.6), (2, 0.35)))
+    observed = three[..., 0].mean() - two[..., 0].mean()
+    found = Bootstrap(num_items=40, num_draws=4000, seed=0).difference(three, two)
+    assert found.value == pytest.approx(observed)
+    means = [seeds[..., 0].mean(0) for seeds in (three, two)]
+    signs = rng.choice([-1, 1], size=(20000, 40))
+    sizes = np.abs((signs * (means[0] - means[1])).mean(1))
+    assert found.p_value == pytest.approx(np.mean(sizes >= abs(observed) - 1e-9), abs=0.02)
+
+
+def test_nothing_to_divide_by_is_undefined():
+    bootstrap = Bootstrap(num_items=2, num_draws=10, seed=0)
+    nothing = np.array([[100.0, 0], [0, 0]])
+    assert not bootstrap.score(nothing).is_defined
+    assert bootstrap.difference(nothing, items([0, 0])).p_value is None

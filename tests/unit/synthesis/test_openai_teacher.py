@@ -114,7 +114,7 @@ def test_a_server_that_stalls_is_not_waited_for(server):
     stalled = threading.Event()
     teacher = connect(server, timeout_seconds=0.2, max_retries=0)
     server.http.RequestHandlerClass.do_POST = lambda handler: stalled.wait(3)
-    with pytest.raises(ValueError, match="did not answer .*Timeout"):
+    with pytest.raises(ValueError, match=r"did not answer .*Timeout"):
         teacher.generate([teacher.render([], open_turn="user")], PARAMS)
     stalled.set()
 

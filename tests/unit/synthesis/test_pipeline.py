@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from nemo_rba.manifest import check_manifest, cut_to_utterance, read_manifest
-from nemo_rba.synthesis import pipeline as pipeline_module
+from nemo_rba.synthesis import speech as speech_module
 from nemo_rba.synthesis.augment import NoiseAugmentation
+from nemo_rba.synthesis.augment_effects import Speed
 from nemo_rba.synthesis.filters import DuplicateFilter, LengthFilter, ResponseFilter
 from nemo_rba.synthesis.instructions import MagpieSampler
 from nemo_rba.synthesis.pipeline import SelfSynthesis, Split, hash_split, one_name
@@ -62,6 +63,7 @@ def build(output: Path, *, teacher=None, tts=None, **changes) -> SelfSynthesis:
         "max_batches": 60,
         "allow_fewer": False,
         "max_duration_seconds": 10.0,
+        "quality": None,
         "shard_size": 20,
         "audio_format": "flac",
         "output": str(output),
@@ -83,6 +85,10 @@ def contents(folder: Path) -> dict[str, str]:
             said = repr((found.instruction, found.speaker, found.audio.numpy().tobytes()))
             files[cut.id] = hashlib.md5(said.encode()).hexdigest()
     return files
+
+
+def rows_of(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +165,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path, monkeypa
         elif part == "tts":
             tts.synthesize = failing(tts.synthesize, at=at)
         elif part == "write":
-            patch.setattr(pipeline_module.ManifestWriter, "write", failing(pipeline_module.ManifestWriter.write, at=at))
+            patch.setattr(speech_module.ManifestWriter, "write", failing(speech_module.ManifestWriter.write, at=at))
         else:  # between two files that belong together
             patch.setattr(Path, "replace", failing(Path.replace, at=at - 10))
             patch.setattr("os.replace", failing(__import__("os").replace, at=at))
@@ -167,6 +173,16 @@ def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path, monkeypa
             build(tmp_path / "data", teacher=teacher, tts=tts).run(CONFIG)
     build(tmp_path / "data").run(CONFIG)
     assert contents(tmp_path / "data") == contents(finished)
+
+
+def test_a_clip_that_an_augmentation_made_too_long_is_dropped_and_counted(tmp_path):
+    slow = Speed(factors=[0.5], seed=1)
+    splits = make_splits(FakeTTS(["a", "b"]), dev={"augment": slow})
+    card = build(tmp_path, splits=splits, max_duration_seconds=0.2).run(CONFIG)
+    long = [row for row in rows_of(tmp_path, "dropped.jsonl") if row["reason"] == "speech: longer than 0.2 s"]
+    assert long
+    assert all(row["id"].startswith("dev-") and len(row["text"]) * 200 > 0.2 * 8000 for row in long)
+    assert card["splits"]["dev"]["clips"] + len(long) == 8
 
 
 def test_other_settings_are_refused_or_set_aside(tmp_path):
@@ -243,7 +259,7 @@ def test_a_full_disk_is_explained(tmp_path, monkeypatch):
 
     synthesis = build(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_module.ManifestWriter, "write", full)
+        patch.setattr(speech_module.ManifestWriter, "write", full)
         with pytest.raises(ValueError, match="free some space and run again"):
             synthesis.run(CONFIG)
     synthesis.run(CONFIG)

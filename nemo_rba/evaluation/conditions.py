@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the items of a held-out set reach the student: heard as they are, heard through something, or read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """One condition of an evaluation.
+
+    Several with the same ``curve`` are points of one robustness curve, e.g. over the signal-to-noise ratio.
+    """
+
+    manifest: Path
+    typed: bool = False  # the student reads the words: what it would have said had it heard everything
+    augmentation: Callable[[Tensor, int, str], Tensor] | None = None  # (audio (A,), Hz, key) -> audio, while reading
+    curve: str = ""  # what is varied, with its unit, e.g. "SNR, dB"; "" for a condition of its own
+    at: float = 0.0  # where on the curve
+
+    def __post_init__(self) -> None:
+        if self.typed and (self.augmentation is not None or self.curve):
+            raise ValueError(
+                f"conditions: a typed condition of {self.manifest.name} has an augmentation or a curve; expected "
+                "neither, as nothing is heard"
+            )
