@@ -98,7 +98,7 @@ def make_job(cfg: DictConfig, llm, layout: Layout, frames: int, adapter_width: i
         prompt_tokens=cfg.plan.prompt_tokens,
         frames=frames,
         adapter_width=adapter_width,
-        needs_reference=objective.needs_reference,
+        needs_reference=objective.needs_reference or cfg.get("representation") is not None,
         teacher_bytes=weights,
         judging_bytes=judging,
         recompute=cfg.policy.recompute,

@@ -36,7 +36,7 @@ from nemo_rba.protocols import RolloutSource, Teacher
 
 SYNTHESIS = ("teacher", "synthesis")  # what each stage's result depends on
 TAUGHT = ("sampler", "instruction_filters", "spoken_form", "speech_filters", "response_filters")  # may need the teacher
-OWN = ("kl_controller", "importance")  # optional, and for a loss on own answers
+OWN = ("kl_controller", "importance", "representation")  # optional, and for a loss on own answers
 ALIGNMENT = (
     "model", "teacher", "rollouts", "reward", "advantage", "objective", "policy", "schedule", "num_minibatches", "data",
     "trainer", "validation", "seed", *OWN,
@@ -130,7 +130,8 @@ def preflight(cfg: DictConfig) -> None:
 def check_arm(cfg: DictConfig) -> None:
     """Refuse, with a ``ValueError``, choices of an arm that do not go together."""
     objective, importance = instantiate(cfg.objective), instantiate(cfg.get("importance"))
-    check_choices(rollout_source(cfg, None), instantiate(cfg.advantage), objective, importance)
+    representation = instantiate(cfg.get("representation"))
+    check_choices(rollout_source(cfg, None), instantiate(cfg.advantage), objective, importance, representation)
     controls(cfg).check(objective, cfg.num_minibatches)
 
 
@@ -258,6 +259,7 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
         teacher=teacher if judged else None,
         controls=controls(cfg),
         importance=instantiate(cfg.get("importance")),
+        representation=instantiate(cfg.get("representation")),
         build_loader=loader_builder(cfg, data / "train", folder / "quarantine.jsonl", train=True),
         build_validation_loader=loader_builder(cfg, data / "dev", folder / "quarantine.jsonl", train=False),
         validation_params=instantiate(cfg.validation),

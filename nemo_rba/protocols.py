@@ -73,6 +73,13 @@ class Policy(Protocol):
     def logprobs(self, batch: RolloutBatch, *, reference: bool = False) -> Tensor:
         """Teacher-forced log-probabilities (N, T), 0 where masked; of the start model when ``reference``."""
 
+    def agreement(self, heard: RolloutBatch, read: RolloutBatch, layers: Sequence[int]) -> Tensor:
+        """How alike hidden states are: today's, the prompt heard, and the start model's, the prompt read: (N,).
+
+        The mean over ``layers`` (from 1; [] for all) and over an answer's tokens of their cosine, from -1 to 1.
+        ``read`` holds the answers of ``heard``, its prompts typed.
+        """
+
     def forward_backward(self, batch: RolloutBatch, objective: "Objective") -> Metrics:
         """Accumulate the objective's gradient over microbatches; returns the objective's metrics, averaged."""
 

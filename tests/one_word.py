@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A policy of one number and a teacher who wants to hear "yes": a loop with numbers one can do in the head."""
 
+from types import SimpleNamespace
+
 import torch
 
 from nemo_rba.algorithms.advantage import LeaveOneOut
@@ -49,6 +51,10 @@ class FakePolicy:
         words = self._word_logprobs().detach() if not reference else torch.full((2,), 0.5).log()
         return torch.stack((words[batch.response_ids[:, 0]], torch.zeros(len(batch))), 1)
 
+    def agreement(self, heard, read, layers):
+        self.compared = (heard, read, layers)
+        return torch.where(heard.response_ids[:, 0] == VOCABULARY["no"], 0.75, 0.25)
+
     def forward_backward(self, batch, objective):
         self.seen.append(batch)
         first = self._word_logprobs()[batch.response_ids[:, 0]]
@@ -72,6 +78,15 @@ class SaysYes:
 
     def __call__(self, rollouts):
         return torch.tensor([float(rollout.response == "yes") for rollout in rollouts])
+
+
+class FakePrompt:
+    """One number a word."""
+
+    pad_id = 0
+
+    def encode_typed(self, instruction):
+        return [len(word) for word in instruction.text.split()]
 
 
 class FakeTeacher:
@@ -116,14 +131,17 @@ def constant_rate():
 
 
 def make(
-    objective, source=None, advantage=None, teacher=None, num_minibatches=1, importance=None, schedule=None, **steering
-):
+    objective, source=None, advantage=None, teacher=None, num_minibatches=1, importance=None, representation=None,
+    schedule=None, **steering,
+):  # fmt: skip
     module = RBAAlignment(
         build_model=None, build_policy=None, build_loader=None, build_validation_loader=None, teacher=teacher,
         source=source or PolicyRollouts(group_size=4, max_new_tokens=2, temperature=1.0, top_p=1.0),
         reward=RewardMixture(parts={"yes": SaysYes()}, weights={"yes": 1.0}), advantage=advantage or LeaveOneOut(),
         objective=objective, controls=Controls(schedule=schedule or constant_rate(), **steering), importance=importance,
         validation_params=SamplingParams(max_new_tokens=2), num_minibatches=num_minibatches, seed=3,
+        representation=representation,
     )  # fmt: skip
+    module.model = SimpleNamespace(prompt=FakePrompt())
     module._policy.append(FakePolicy())
     return module, lambda: module.policy.step(module.controls.schedule.value)

@@ -4,7 +4,7 @@
 A batch of spoken prompts goes around once:
 
     source      somebody answers: the student itself, G times (RBA), or its teacher (distillation)
-    reward      how much does each answer behave like the teacher?
+    reward      how much does each answer behave like the teacher? Does the student think as a reader would?
     advantage   compared with its siblings
     objective   turns advantages, and the teacher's judgement of every token, into a loss
     policy      takes a step
@@ -26,6 +26,7 @@ from nemo_rba.algorithms.collate import collate, prompt_index
 from nemo_rba.algorithms.controls import Controls
 from nemo_rba.algorithms.importance import Importance
 from nemo_rba.algorithms.loss_terms import PolicyGradientLoss
+from nemo_rba.algorithms.representation import RepresentationReward
 from nemo_rba.algorithms.rollout import Answers, TeacherRollouts, respond
 from nemo_rba.distributed.parallel import data_parallel_mean, data_parallel_sum
 from nemo_rba.functional import group_is_constant
@@ -47,6 +48,7 @@ class RBAAlignment(LightningModule):
         teacher: judges tokens; None when the objective does not ask for it.
         controls: learning rate, KL coefficient, and who stops a run that has gone wrong.
         importance: corrects for a sampler that is not the trainer (``importance``); None trusts the sampler.
+        representation: one more reward, for hidden states like a reader's (``representation``), or None.
         build_loader: ``build_loader(prompt=..., sampling_rate=...)`` gives the training batches.
         build_validation_loader: likewise the dev batches.
         validation_params: how the student answers them.
@@ -59,10 +61,11 @@ class RBAAlignment(LightningModule):
         reward: RewardMixture, advantage: AdvantageEstimator, objective: Objective, teacher: LikelihoodTeacher | None,
         controls: Controls, build_loader: Callable, build_validation_loader: Callable,
         validation_params: SamplingParams, num_minibatches: int, seed: int, importance: Importance | None = None,
+        representation: RepresentationReward | None = None,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
-        check_choices(source, advantage, objective, importance)
+        check_choices(source, advantage, objective, importance, representation)
         controls.check(objective, num_minibatches)
         controls.begin(objective)
         if (objective.needs_teacher or objective.teacher_topk) and teacher is None:
@@ -71,7 +74,7 @@ class RBAAlignment(LightningModule):
             )
         self.source, self.reward, self.advantage, self.objective = source, reward, advantage, objective
         self.controls, self.num_minibatches, self.seed = controls, num_minibatches, seed
-        self.importance = importance
+        self.importance, self.representation = importance, representation
         self.validation_params = validation_params
         self._teacher = [teacher]  # in a list, and the policy in another: not modules of ours, not in our checkpoints
         self._policy: list[Policy] = []
@@ -85,7 +88,7 @@ class RBAAlignment(LightningModule):
     def align(self, batch: SpeechBatch, take_step: Callable[[], Metrics]) -> Metrics:
         """One batch of spoken prompts, from answers to updated weights."""
         seed = self.seed * SEEDS_PER_RUN + self.num_batches
-        answers = respond(self.source, self.policy, batch, self.reward, seed)
+        answers = self._represented(batch, respond(self.source, self.policy, batch, self.reward, seed))
         index, rollouts = prompt_index(answers.rollouts), answers.rollouts
         advantages = torch.zeros_like(answers.rewards)
         if self.objective.needs_advantages:
@@ -111,7 +114,15 @@ class RBAAlignment(LightningModule):
     def _greedy_rewards(self, batch: SpeechBatch) -> Tensor:
         """Reward of the student's greedy answer to each prompt (B,), for estimators that compare with it."""
         params = SamplingParams(max_new_tokens=self.source.max_new_tokens, temperature=0.0)
-        return self.reward.score(self.policy.generate(batch, group_size=1, params=params))[0]
+        rollouts = self.policy.generate(batch, group_size=1, params=params)
+        rewards, parts = self.reward.score(rollouts)
+        return self._represented(batch, Answers(rollouts=rollouts, rewards=rewards, parts=parts)).rewards
+
+    def _represented(self, batch: SpeechBatch, answers: Answers) -> Answers:
+        """The answers with the reward for their hidden states, where there is one."""
+        if self.representation is None:
+            return answers
+        return self.representation(self.policy, batch, answers, self.model.prompt)
 
     # ---- Lightning -------------------------------------------------------------------------------------------------
 
@@ -127,7 +138,10 @@ class RBAAlignment(LightningModule):
         self.model = build_model()
         if self._teacher[0] is not None:
             check_same_vocabulary(self._teacher[0].vocabulary(), self.model.prompt.vocabulary())
-        self._policy.append(build_policy(model=self.model, keep_start=self.objective.needs_reference))
+        keep_start = self.objective.needs_reference or self.representation is not None
+        if self.representation is not None:
+            self.representation.check_layers(self.model.config.num_layers)
+        self._policy.append(build_policy(model=self.model, keep_start=keep_start))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return PolicyOptimizer(self.policy, self.controls)
@@ -243,19 +257,23 @@ def _mean(steps: Sequence[Metrics]) -> Metrics:
 
 
 def check_choices(
-    source: RolloutSource, advantage: AdvantageEstimator, objective: Objective, importance: Importance | None = None
-) -> None:
+    source: RolloutSource, advantage: AdvantageEstimator, objective: Objective, importance: Importance | None = None,
+    representation: RepresentationReward | None = None,
+) -> None:  # fmt: skip
     """Refuse at setup what could only fail, or silently learn nothing, at the first batch.
 
     Raises:
         ValueError: the advantage or the loss compares more answers to a prompt than the source gives, or the advantage
-            asks for greedy answers of a source that samples none, or the loss has no place for importance weights.
+            asks for greedy answers of a source that samples none, or the loss has no place for importance weights or
+            for a reward.
     """
     if importance is not None and not (isinstance(objective, PolicyGradientLoss) and source.on_policy):
         raise ValueError(
             f"{type(importance).__name__} weighs the tokens of a policy gradient on own answers, but the loss is "
             f"{type(objective).__name__} on {type(source).__name__}; leave importance out"
         )
+    if representation is not None:
+        representation.check(source, advantage, objective)
     if not objective.needs_advantages:
         return
     for choice in (advantage, objective):

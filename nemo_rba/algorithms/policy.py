@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student under megatron: four methods that hide schedules, gradient buffers and the optimizer.
+"""The student under megatron: a few methods that hide schedules, gradient buffers and the optimizer.
 
 What is frozen runs once: with a frozen encoder, a batch's speech features are computed at its first use and shared by
 generation, the start model and every update. The start model is no second model: the weights that training changes are
@@ -30,6 +30,7 @@ from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.checkpoint.sharded import metadata, sharded_weights
 from nemo_rba.distributed import cpu, pipeline, vocab_parallel
 from nemo_rba.distributed.parallel import data_parallel_size, data_parallel_sum, device
+from nemo_rba.modules import states
 from nemo_rba.modules.lora import add_lora
 from nemo_rba.modules.perception import EncodedSpeech
 from nemo_rba.protocols import Metrics, Objective
@@ -122,9 +123,29 @@ class MegatronPolicy:
     def logprobs(self, batch: RolloutBatch, *, reference: bool = False) -> Tensor:
         """See ``protocols.Policy``."""
         with self.at_start() if reference else nullcontext():
-            outputs = self._schedule(self.model, batch, _judge, forward_only=True)
+            outputs = self._schedule(self.model, batch, self._shared_speech(batch.prompts), _judge, forward_only=True)
         values = torch.cat(outputs) if pipeline.is_last_stage() else torch.empty(batch.response_ids.shape)
         return pipeline.from_last_stage(values.to(device(), torch.float32)).cpu()
+
+    @torch.no_grad()
+    def agreement(self, heard: RolloutBatch, read: RolloutBatch, layers: Sequence[int]) -> Tensor:
+        """See ``protocols.Policy``.
+
+        Passes go microbatch by microbatch, so that no more states are kept than those of one, see ``states.Agreement``.
+
+        Raises:
+            ValueError: there is no such layer, or the policy was built without ``keep_start``.
+        """
+        layers, speech = states.chosen_layers(layers, self.model.config.num_layers), self._encode(heard.prompts)
+        sums = []
+        for ours, theirs in zip(self._microbatches(heard), self._microbatches(read), strict=True):
+            both = states.Agreement(self.model.llm, layers, ours.response_mask.to(device()))
+            with both.keep():
+                self._schedule(self.model, ours, speech, _nothing, forward_only=True)
+            with self.at_start(), both.compare():
+                self._schedule(self.model, theirs, None, _nothing, forward_only=True)
+            sums.append(both.total)
+        return pipeline.sum_over_stages(torch.cat(sums)).cpu() / (len(layers) * heard.response_mask.sum(1))
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
@@ -150,7 +171,8 @@ class MegatronPolicy:
         # megatron divides by both; our loss has the global count already
         scale = len(list(self._microbatches(batch))) * data_parallel_size()
         self.model.llm.train()
-        outputs = self._schedule(self._ddp, batch, partial(_loss, objective=objective, scale=scale), forward_only=False)
+        speech, judge = self._shared_speech(batch.prompts), partial(_loss, objective=objective, scale=scale)
+        outputs = self._schedule(self._ddp, batch, speech, judge, forward_only=False)
         self.model.llm.eval()
         metrics = {}
         if pipeline.is_last_stage():
@@ -202,9 +224,12 @@ class MegatronPolicy:
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def _schedule(self, model: nn.Module, batch: RolloutBatch, judge: Callable, *, forward_only: bool) -> list:
+    def _schedule(
+        self, model: nn.Module, batch: RolloutBatch, speech: EncodedSpeech | None, judge: Callable, *,
+        forward_only: bool,
+    ) -> list:  # fmt: skip
         """Every microbatch through all stages, forward and back: what ``judge`` made of the logits, on the last one."""
-        parts, speech = list(self._microbatches(batch)), self._shared_speech(batch.prompts)
+        parts = list(self._microbatches(batch))
         with cpu.redirect_cuda():
             return get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, judge=judge, speech=speech),
@@ -261,6 +286,10 @@ def _forward_step(parts, model: Callable, *, judge: Callable, speech: EncodedSpe
 def _judge(logits: Tensor, *, part: RolloutBatch, non_loss_data: bool) -> Tensor:
     with cpu.plain_torch():
         return _token_logprobs(logits, part, topk=False)
+
+
+def _nothing(logits: Tensor, *, part: RolloutBatch, non_loss_data: bool) -> None:
+    """For passes whose hidden states were all that was asked for."""
 
 
 def _loss(logits: Tensor, *, part: RolloutBatch, objective: Objective, scale: int):

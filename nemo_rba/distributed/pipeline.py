@@ -135,3 +135,10 @@ def agree(values: Tensor) -> dist.Work | _Arrived:
     ranks = dist.get_process_group_ranks(group)  # tensor-parallel rank fastest, then stage
     source = ranks[-parallel_state.get_tensor_model_parallel_world_size()]
     return dist.broadcast(values, source, group=group, async_op=True)
+
+
+def sum_over_stages(values: Tensor) -> Tensor:
+    """Sum of every pipeline stage's values, on each of them, where it was. Collective."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+    return values

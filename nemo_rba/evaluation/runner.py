@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nemo_rba.distributed.parallel import barrier, data_parallel_lists, data_parallel_rank, model_parallel_rank, rank
 from nemo_rba.evaluation.measures import Statistics, item_share
-from nemo_rba.evaluation.tasks import ItemTask, SeveralMeasures
+from nemo_rba.evaluation.tasks import Batched, ItemTask, SeveralMeasures
 from nemo_rba.functional import pad_sequences, typed
 from nemo_rba.protocols import Policy, PromptEncoder, Teacher
 from nemo_rba.types import Instruction, Rollout, SamplingParams, SpeechBatch
@@ -167,6 +167,8 @@ def _answers(system: System, task: ItemTask, log: "_PredictionLog", answered: di
     writes = model_parallel_rank() == 0
     for batch in tqdm(task.batches(), desc=f"{system.name} on {task.name}", unit="batch", disable=rank() > 0):
         missing = [item for item in batch.instructions if item.id not in answered]
+        if isinstance(task, Batched):  # scored anew, but all at once
+            task.prepare([(i, answered[i.id].response) for i in batch.instructions if i.id in answered])
         fresh = {p.id: p for p in _predict(system, task, batch)} if missing else {}
         if writes and missing:
             log.append([fresh[item.id] for item in missing])
@@ -222,6 +224,8 @@ def _predict(system: System, task: ItemTask, batch: SpeechBatch) -> Iterator[Pre
             f"system {system.name!r} answered prompts {[rollout.prompt_index for rollout in rollouts]}, expected each "
             f"of 0..{len(batch) - 1} once"
         )
+    if isinstance(task, Batched):
+        task.prepare([(item, rollout.response) for item, rollout in zip(batch.instructions, rollouts, strict=True)])
     for item, rollout in zip(batch.instructions, rollouts, strict=True):
         yield Prediction(
             system=system.name,

@@ -34,6 +34,14 @@ class ItemTask(EvalTask, Protocol):
 
 
 @runtime_checkable
+class Batched(Protocol):
+    """A task that scores many answers faster than one by one; ``item`` then knows them."""
+
+    def prepare(self, answers: Sequence[tuple[Instruction, str]]) -> None:
+        """Score them all."""
+
+
+@runtime_checkable
 class SeveralMeasures(ItemTask, Protocol):
     """An ``ItemTask`` that reads several measures off an answer. Its ``item`` is ``measures.item_share`` of them."""
 
@@ -124,6 +132,8 @@ class InstructionFollowingTask:
 class RewardTask:
     """Any reward in [0, 1] as a measure, in percent: one definition of "good" for training and for the report.
 
+    A judge (``rewards.judge.JudgeReward``) is such a reward.
+
     Args:
         name, batches, kinds: as for ``InstructionFollowingTask``.
         reward: scores an answer; it sees the teacher's answer in ``rollout.instruction.response``.
@@ -143,12 +153,23 @@ class RewardTask:
         self.batches = batches
         self.reward = reward
         self.kinds = dict(kinds)
+        self._known: dict[tuple[str, str], float] = {}  # (id, answer) -> score
 
     def kind(self, instruction: Instruction) -> str:
         return _kind(self.kinds, instruction)
 
+    def prepare(self, answers: Sequence[tuple[Instruction, str]]) -> None:
+        """Score many answers in one call of the reward: a judge is then asked in parallel."""
+        if not answers:
+            return
+        scores = self.reward([as_rollout(instruction, response) for instruction, response in answers])
+        for (instruction, response), score in zip(answers, scores.tolist(), strict=True):
+            self._known[instruction.id, response] = score
+
     def item(self, instruction: Instruction, response: str) -> tuple[float, float]:
-        return 100 * float(self.reward([as_rollout(instruction, response)])[0]), 1.0
+        if (instruction.id, response) not in self._known:
+            self.prepare([(instruction, response)])
+        return 100 * self._known[instruction.id, response], 1.0
 
     def score(self, rollouts: Sequence[Rollout]) -> Metrics:
         return {"score": _corpus(self, rollouts)}

@@ -245,8 +245,7 @@ def answer_logits(
     N = B * G ordered by prompt. Returns (M, V / tp), M = real tokens in the row-major order of ``response_mask``, or
     before the last stage the hidden states to hand on.
     """
-    num_rows, num_tokens = response_ids.shape
-    fed = num_tokens - 1  # the last token of an answer predicts nothing
+    fed = response_ids.shape[1] - 1  # the last token of an answer predicts nothing
     if gpt.config.sequence_parallel:  # positions that divide by tp
         padding = -(valid.shape[1] + group_size * fed) % gpt.config.tensor_model_parallel_size
         valid = F.pad(valid, (padding, 0))
@@ -257,10 +256,19 @@ def answer_logits(
         answers = embed(gpt, response_ids[:, :fed]).view(fed, num_prompts, group_size, hidden_size)
         answers = answers.permute(2, 0, 1, 3).reshape(group_size * fed, num_prompts, hidden_size)
         embeddings = torch.cat((prompts, answers))
-    hidden = run(gpt, embeddings, GroupPlan(rotary_table(gpt, prefix + fed), valid, group_size, fed))
+    plan = GroupPlan(rotary_table(gpt, prefix + fed), valid, group_size, fed)
+    hidden = run(gpt, embeddings, plan)
     if not gpt.post_process:
         return hidden
-    first = hidden[prefix - 1].expand(group_size, 1, num_prompts, hidden_size)
-    hidden = torch.cat((first, hidden[prefix:].view(group_size, fed, num_prompts, hidden_size)), 1)
-    hidden = hidden.permute(2, 0, 1, 3).reshape(num_rows, num_tokens, hidden_size)  # (B, G, T, H) -> (N, T, H)
-    return logits(gpt, hidden[response_mask][:, None], gather=False)[:, 0]
+    return logits(gpt, answer_states(hidden, plan)[response_mask][:, None], gather=False)[:, 0]
+
+
+def answer_states(hidden: Tensor, plan: GroupPlan) -> Tensor:
+    """Of hidden states (S, B, H) of a pass by ``plan``, those that predict the answers' tokens: (N, T, H).
+
+    The first token of all answers to a prompt is predicted where the prompt ends.
+    """
+    (num_prompts, prefix), group_size, fed = plan.valid.shape, plan.group_size, plan.num_tokens
+    first = hidden[prefix - 1].expand(group_size, 1, num_prompts, -1)
+    hidden = torch.cat((first, hidden[prefix:].view(group_size, fed, num_prompts, hidden.shape[2])), 1)
+    return hidden.permute(2, 0, 1, 3).flatten(0, 1)  # (B, G, T, H) -> (N, T, H)

@@ -6,6 +6,7 @@ A script for torchrun, ``torchrun --nproc_per_node=4 parity.py FOLDER LAYOUT...`
 each in a world of its own size: importing NeMo costs more than everything they do.
 """
 
+import dataclasses
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from nemo_rba.algorithms.policy import MegatronPolicy
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts
 from nemo_rba.conversion.hf import global_name, words_only
 from nemo_rba.conversion.mapping import unshard
+from nemo_rba.data.prompt import typed_batch
 from nemo_rba.distributed import parallel, pipeline
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 from nemo_rba.types import SamplingParams
@@ -39,6 +41,7 @@ CONTEXTS = ["", "transcribe", "in french please", "", "say"]
 RESPONSES = ["paris", "hello again", "a b c", "one two", "red"]
 GROUP_SIZE = 4
 LEARNING_RATE = 1e-2
+AGREEING_LAYERS = {"all": [], "first": [1], "last": [2]}  # of two; the first and the second stage's
 # case: family, what is frozen
 CASES = {"llama": ("llama", "encoder"), "qwen3": ("qwen3", "encoder"), "speech_only": ("llama", "llm")}
 FROZEN = {"encoder": ["^perception\\.(preprocessor|encoder)"], "llm": ["^llm\\."]}
@@ -106,7 +109,7 @@ def answers(rollouts) -> dict:
 
 
 def measure(folder: Path, layout: str, case: str) -> dict:
-    """A distillation step, greedy and seeded answers, then a policy-gradient step with a KL term."""
+    """A distillation step, greedy and seeded answers, a policy-gradient step with a KL term, agreement of states."""
     policy = make_policy(folder, layout, case)
     rows = torch.arange(len(SECONDS))[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
     batch = select_prompts(make_batch(policy.model.prompt, SECONDS, CONTEXTS, RESPONSES), rows)
@@ -126,6 +129,9 @@ def measure(folder: Path, layout: str, case: str) -> dict:
         aggregation="token_mean",
     )  # fmt: skip
     result["policy_gradient"] = update(policy, batch, sampled, advantages, objective)
+    (heard,) = collate(batch, sampled, advantages, policy=policy, objective=objective, teacher=None, num_minibatches=1)
+    read = dataclasses.replace(heard, prompts=typed_batch(batch, policy.model.prompt))
+    result["agreement"] = {name: policy.agreement(heard, read, layers) for name, layers in AGREEING_LAYERS.items()}
     return result
 
 

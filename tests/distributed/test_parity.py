@@ -99,6 +99,19 @@ def test_an_update_is_the_same_on_every_rank(one, measured, layout, case, step):
                 torch.testing.assert_close(tied, got["llm.embedding.word_embeddings.weight"], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("layout", PARALLEL)
+def test_hidden_states_agree_as_much_on_every_rank(one, measured, layout, case):
+    for found in (rank[case] for rank in measured[layout]):
+        for layers, values in one[case]["agreement"].items():
+            expected = torch.stack(expected_rows(list(values), found["rows"]))
+            torch.testing.assert_close(found["agreement"][layers], expected, atol=SAME_WEIGHTS, rtol=0)
+    values = one[case]["agreement"]
+    torch.testing.assert_close(values["all"], (values["first"] + values["last"]) / 2, atol=1e-6, rtol=0)
+    assert values["all"].max() < 0.99
+    assert values["all"].std() > 1e-3
+
+
 def test_the_reference_would_notice(one):
     """The measured step is a real one: gradients everywhere, a KL term that counts, clipping that acts."""
     for case in CASES:

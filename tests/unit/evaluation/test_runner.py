@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, TeacherSystem, run
-from nemo_rba.evaluation.tasks import InstructionFollowingTask
+from nemo_rba.evaluation.tasks import InstructionFollowingTask, RewardTask
 from nemo_rba.types import Instruction, Rollout, SamplingParams, SpeechBatch
 
 PARAMS = SamplingParams(max_new_tokens=4, temperature=0.0)
@@ -68,6 +68,21 @@ def test_run_writes_what_it_returns_in_the_tasks_order(tmp_path):
     lines = (tmp_path / "held-out voices" / "fake.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["decoding"]["temperature"] == 0.0
     assert [json.loads(line)["id"] for line in lines[1:]] == [f"id-{word}" for word in WORDS]
+
+
+def test_a_judge_is_asked_for_a_whole_batch_at_once_also_for_answers_that_were_there(tmp_path):
+    asked = []
+
+    def judge(rollouts):
+        asked.append([rollout.response for rollout in rollouts])
+        return torch.tensor([0.25 * len(rollout.response) for rollout in rollouts])
+
+    words = ["one", "four", "two"]
+    batches = make_task(words).batches
+    for _ in range(2):
+        predictions = run(FakeSystem(), RewardTask(name="judged", batches=batches, reward=judge, kinds={}), tmp_path)
+        assert [p.value for p in predictions] == [75.0, 100.0, 75.0]
+    assert asked == [["one", "four"], ["two"]] * 2
 
 
 @pytest.mark.parametrize("cut", [0, 7, 10_000])
