@@ -57,6 +57,7 @@ setup(
         "espeakng-loader",
         "kaldialign",
         "librosa",
+        "pillow",
         "pyarrow",
         "requests",
         "torchmetrics",

@@ -2,25 +2,34 @@
 """The last stages of a recipe: everybody answers the held-out sets, and a report says what came out."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
+import soundfile
+import torch
+from hydra import compose
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from recipe import LABELS, layout, loader_builder
 
+from nemo_rba import __version__
 from nemo_rba.algorithms.policy import FrozenPolicy
 from nemo_rba.algorithms.speech_cache import SpeechCache
+from nemo_rba.data.loader import SpeechLoader
 from nemo_rba.data.prompt import typed_batch
 from nemo_rba.distributed import parallel
 from nemo_rba.distributed.once import once_per_model
+from nemo_rba.evaluation.browser import Sound, choose_items, write_browser
 from nemo_rba.evaluation.conditions import HeldOut
 from nemo_rba.evaluation.plots import TrainingCurves, read_curve
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
 from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, Prediction, System, TeacherSystem, run
 from nemo_rba.evaluation.tasks import ItemTask
+from nemo_rba.manifest import read_manifest
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 
 PANELS = {
@@ -36,31 +45,51 @@ PANELS = {
 
 def held_out_sets(cfg: DictConfig, data: Path) -> dict[str, HeldOut]:
     """Name in the report -> condition: a split of ``data``, or {split: ..., and what ``HeldOut`` has}."""
+    given = {name: {"split": value} if isinstance(value, str) else value for name, value in cfg.conditions.items()}
+    return {name: _held_out(value, manifest=data / value["split"]) for name, value in given.items()}
 
-    def one(value: str | DictConfig) -> HeldOut:
-        if isinstance(value, str):
-            return HeldOut(manifest=data / value)
-        choice = instantiate(value)
-        return HeldOut(manifest=data / choice.split, **{key: choice[key] for key in choice if key != "split"})
 
-    return {name: one(value) for name, value in cfg.conditions.items()}
+def benchmark_sets(cfg: DictConfig) -> dict[str, HeldOut]:
+    """As ``held_out_sets``, of ``cfg.tasks``: each with a manifest, and an evaluation of its own where it names one.
+
+    ``evaluation`` is a name of conf/evaluation; ``task`` changes keys of its task.
+    """
+    found = {}
+    for name, choice in (cfg.tasks or {}).items():
+        make_task = None
+        if "evaluation" in choice:
+            own = compose(overrides=[f"+evaluation={choice.evaluation}"]).evaluation.task
+            make_task = instantiate(OmegaConf.merge(own, choice.get("task", {})))
+        found[name] = _held_out(choice, manifest=Path(choice.manifest), make_task=make_task)
+    return found
+
+
+def _held_out(choice: Mapping, **known) -> HeldOut:
+    keys = ("typed", "augmentation", "curve", "at")
+    given = {key: choice[key] for key in keys if key in choice}
+    return HeldOut(**known, **{k: instantiate(v) if OmegaConf.is_config(v) else v for k, v in given.items()})
 
 
 def tasks(cfg: DictConfig, sets: dict[str, HeldOut], folder: Path, model: RBASpeechLM) -> list[ItemTask]:
     """The held-out sets of the report."""
-    make_task = instantiate(cfg.evaluation.task)
 
     def one(name: str, held_out: HeldOut) -> ItemTask:
-        build = loader_builder(
-            cfg, held_out.manifest, folder / "quarantine.jsonl", train=False, needs_response=False,
-            augmentation=held_out.augmentation,
-        )  # fmt: skip
-        loader = build(prompt=model.prompt, sampling_rate=model.sampling_rate)
+        loader = _loader(cfg, held_out, folder, model)
+        make_task = held_out.make_task or instantiate(cfg.evaluation.task)
         if held_out.typed:
             return make_task(name=name, batches=lambda: (typed_batch(batch, model.prompt) for batch in loader))
         return make_task(name=name, batches=lambda: loader)
 
     return [one(name, held_out) for name, held_out in sets.items()]
+
+
+def _loader(cfg: DictConfig, held_out: HeldOut, folder: Path, model: RBASpeechLM) -> SpeechLoader:
+    """A held-out set as the student hears it."""
+    build = loader_builder(
+        cfg, held_out.manifest, folder / "quarantine.jsonl", train=False, needs_response=False,
+        augmentation=held_out.augmentation,
+    )  # fmt: skip
+    return build(prompt=model.prompt, sampling_rate=model.sampling_rate)
 
 
 def systems(cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]) -> list[Callable[[], System]]:
@@ -83,7 +112,12 @@ def systems(cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]) -> list
         )
 
     def aligned(arm: str) -> System:
-        model = RBASpeechLM.restore_from(files[arm], **layout(cfg))
+        is_salm = files[arm].is_dir()
+        model = (
+            instantiate(cfg.model, folder=str(files[arm]))
+            if is_salm
+            else RBASpeechLM.restore_from(files[arm], **layout(cfg))
+        )
         return PolicySystem(name=arm, policy=frozen(model), params=params)
 
     return [
@@ -97,7 +131,10 @@ def systems(cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]) -> list
 def evaluate(
     cfg: DictConfig, sets: dict[str, HeldOut], files: dict[str, Path], folder: Path
 ) -> list[Prediction]:  # fmt: skip
-    """Stage d: every system answers every held-out set; goes on where an interrupted run stopped."""
+    """Stage d: every system answers every held-out set; goes on where an interrupted run stopped.
+
+    What the student heard of the items that are to be played is kept in ``folder / "sounds"``.
+    """
     start = instantiate(cfg.model)
     held_out = tasks(cfg, sets, folder, start)
     predictions = []
@@ -106,24 +143,72 @@ def evaluate(
         for task in held_out:
             if not (sets[task.name].typed and isinstance(system, CascadeSystem)):  # which would have nothing to hear
                 predictions += run(system, task, folder)
+    if parallel.rank() == 0:
+        _keep_sounds(cfg, sets, predictions, roles(list(files)), folder, start)
     return predictions
+
+
+def roles(arms: list[str]) -> Roles:
+    """Who is who among the systems that ``evaluate`` asked."""
+    labels = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade", "start": "Start (S0)"}
+    labels |= {arm: LABELS.get(arm, arm) for arm in arms}
+    return Roles(systems=labels, teacher=labels["teacher"], start=labels["start"], arms=[labels[arm] for arm in arms])
+
+
+def _sound_files(
+    cfg: DictConfig, sets: dict[str, HeldOut], predictions: list[Prediction], who: Roles, folder: Path
+) -> dict[str, dict[str, Path]]:
+    """Condition -> id -> file, of the items that are to be played."""
+    heard = [prediction for prediction in predictions if not sets[prediction.task].typed]
+    chosen = choose_items(heard, who, cfg.evaluation.num_sounds, cfg.seed)
+    return {
+        name: {id: folder / "sounds" / name / f"{quote(id, safe='')}.flac" for id in ids}
+        for name, ids in chosen.items()
+    }
+
+
+def _keep_sounds(
+    cfg: DictConfig, sets: dict[str, HeldOut], predictions: list[Prediction], who: Roles, folder: Path,
+    model: RBASpeechLM,
+) -> None:  # fmt: skip
+    for name, files in _sound_files(cfg, sets, predictions, who, folder).items():
+        dataset = _loader(cfg, sets[name], folder, model).dataset
+        for cut in read_manifest(sets[name].manifest) if files else ():
+            item = dataset.load(cut) if cut.id in files else None  # None too if unusable by now: it is in quarantine
+            if item is not None:
+                files[cut.id].parent.mkdir(parents=True, exist_ok=True)
+                soundfile.write(files[cut.id], item.audio.numpy(), model.sampling_rate, subtype="PCM_16")
+
+
+def _read_sound(path: Path) -> Sound:
+    samples, sampling_rate = soundfile.read(path, dtype="float32")
+    return Sound(waveform=torch.from_numpy(samples), sampling_rate=sampling_rate)
 
 
 def report(
     cfg: DictConfig, predictions: list[Prediction], sets: dict[str, HeldOut], arms: list[str], folder: Path,
     trained: dict,
 ) -> None:  # fmt: skip
-    """Stage e: tables, plots and a verdict. ``trained``: what to say of how the arms were made, see ``training``."""
+    """Stage e: tables, plots and a verdict, and a page of all items.
+
+    Args:
+        trained: what to say of how the arms were made, see ``training``.
+    """
     if parallel.rank() > 0:
         return
-    labels = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade", "start": "Start (S0)"}
-    labels |= {arm: LABELS.get(arm, arm) for arm in arms}
+    who, source = roles(arms), identity(cfg, sets, arms)
+    sounds = {
+        name: {id: _read_sound(path) for id, path in files.items() if path.exists()}
+        for name, files in _sound_files(cfg, sets, predictions, who, folder).items()
+    }
+    page = write_browser(
+        folder=folder, title=f"{cfg.name}: all items", roles=who, predictions=predictions, sounds=sounds,
+        identity=source,
+    )  # fmt: skip
     write_report(
         folder=folder,
         title=f"{cfg.name}: Reinforced Behavior Alignment",
-        roles=Roles(
-            systems=labels, teacher=labels["teacher"], start=labels["start"], arms=[labels[arm] for arm in arms]
-        ),
+        roles=who,
         predictions=predictions,
         **trained,
         held_out=sets,
@@ -131,7 +216,39 @@ def report(
         num_samples=cfg.evaluation.num_samples,
         num_draws=cfg.evaluation.num_draws,
         seed=cfg.seed,
+        identity=source,
+        samples_page=page.name,
     )
+
+
+def identity(cfg: DictConfig, sets: dict[str, HeldOut], arms: list[str]) -> dict[str, str]:
+    """Where results come from, in words; of absolute paths only the last part, as they mean nothing elsewhere."""
+
+    def shown(path: str | Path) -> str:
+        return Path(path).name if Path(path).is_absolute() else str(path)
+
+    def decoding(params: DictConfig) -> str:
+        return ", ".join(f"{key} {value}" for key, value in params.items() if key != "_target_")
+
+    def heard(held_out: HeldOut) -> str:
+        how = "read, not heard" if held_out.typed else "heard as it is"
+        if held_out.augmentation is not None:
+            how = f"heard through {type(held_out.augmentation).__name__}"
+        return f"{shown(held_out.manifest)}, {how}" + (f", {held_out.curve} {held_out.at:g}" if held_out.curve else "")
+
+    evaluation = cfg.evaluation
+    return {
+        "code": f"nemo_rba {__version__}",
+        "start model": shown(cfg.model.get("folder") or cfg.model.restore_path),
+        "teacher": shown(cfg.teacher.get("path") or cfg.teacher.model),
+        "aligned models": ", ".join(arms),
+        **{f"data: {name}": heard(held_out) for name, held_out in sets.items()},
+        "decoding": decoding(evaluation.params),
+        "decoding of the cascade's transcript": decoding(evaluation.transcribe_params),
+        "seed": str(cfg.seed),
+        "bootstrap": f"{evaluation.num_draws} draws",
+        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
 
 
 def training(cfg: DictConfig, folders: dict[str, Path]) -> dict:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from nemo_rba.evaluation.tasks import ItemTask
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
@@ -20,6 +22,7 @@ class HeldOut:
     augmentation: Callable[[Tensor, int, str], Tensor] | None = None  # (audio (A,), Hz, key) -> audio, while reading
     curve: str = ""  # what is varied, with its unit, e.g. "SNR, dB"; "" for a condition of its own
     at: float = 0.0  # where on the curve
+    make_task: Callable[..., ItemTask] | None = None  # (name=, batches=) -> its measures; None for the evaluation's own
 
     def __post_init__(self) -> None:
         if self.typed and (self.augmentation is not None or self.curve):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 STYLE = """
 body { font: 16px/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1f2328; background: #fff;
@@ -69,7 +70,15 @@ class Figure:
     caption: str
 
 
-Block = Heading | Paragraph | Bullets | Table | Figure
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A line that leads to a file beside the document."""
+
+    text: str
+    file: str
+
+
+Block = Heading | Paragraph | Bullets | Table | Figure | Link
 
 
 def write_document(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> None:
@@ -105,6 +114,8 @@ def _to_markdown(block: Block) -> str:
             return "\n".join("| " + " | ".join(line) + " |" for line in lines)
         case Figure(name, _, caption):
             return f"![{_md(caption)}](plots/{name}.png)\n\n{_md(caption)}"
+        case Link(text, file):
+            return f"[{_md(text)}]({quote(file)})"
 
 
 def _to_html(block: Block) -> str:
@@ -126,6 +137,8 @@ def _to_html(block: Block) -> str:
             return (
                 f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}</figcaption></figure>'
             )
+        case Link(text, file):
+            return f'<p><a href="{quote(file)}">{html.escape(text)}</a></p>'
 
 
 def _html_cell(cell: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from nemo_rba.evaluation import plots
 from nemo_rba.evaluation.conditions import HeldOut
-from nemo_rba.evaluation.document import Block, Bullets, Figure, Heading, Paragraph, Strong, Table, write_document
+from nemo_rba.evaluation.document import Block, Bullets, Figure, Heading, Link, Paragraph, Strong, Table, write_document
 from nemo_rba.evaluation.modality import number, reading_blocks, robustness_blocks
 from nemo_rba.evaluation.quantities import quantity_blocks
 from nemo_rba.evaluation.results import Condition, Roles, Slice, summarise
@@ -38,6 +38,8 @@ def write_report(
     num_samples: int,
     num_draws: int,
     seed: int,
+    identity: Mapping[str, str] | None = None,
+    samples_page: str | None = None,
 ) -> dict:
     """Write the report into ``folder`` and return what stands in ``results.json``.
 
@@ -51,6 +53,8 @@ def write_report(
         notes: what a reader must know besides: how settings were chosen, what was not run.
         num_samples: sample prompts shown, half of them improved and half of them worsened by the first arm.
         num_draws, seed: of the bootstrap and of the choice of samples.
+        identity: where the numbers come from, for ``results.json``: models, data, seeds, decoding, version.
+        samples_page: file beside the report that has every item, see ``browser.py``; None for none.
     """
     conditions = summarise(predictions, roles, num_draws=num_draws, seed=seed)
     read = [condition for condition in conditions if condition.name in held_out and held_out[condition.name].typed]
@@ -60,6 +64,7 @@ def write_report(
     all_notes = [*notes, *_honest_notes(compared, roles, num_draws)]
     results = {
         "title": title,
+        "identity": dict(identity or {}),
         "headline": headline,
         "notes": all_notes,
         "roles": asdict(roles),
@@ -75,6 +80,7 @@ def write_report(
         *_recognition(conditions, roles),
         *_curves(curves, roles),
         *(_samples(compared[0], predictions, roles, num_samples, seed) if compared else ()),
+        *([Link("All items, to search, compare and hear", samples_page)] if samples_page else []),
         *(Heading("Notes"), Bullets(all_notes)),
     ]
     folder = Path(folder)
@@ -110,7 +116,7 @@ def _systems(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
     for label in roles.labels:
         cells = [number(c.whole.scores[label]) if label in c.whole.scores else "–" for c in conditions]
         rows.append([label, str(len(roles.seeds(label))), *cells])
-    header = ["system", "seeds", *(f"{c.name} ({c.whole.num_items} items)" for c in conditions)]
+    header = ["system", "seeds", *(f"{_described(c)} ({c.whole.num_items} items)" for c in conditions)]
     caption = (
         "Dots: score, mean over seeds. Bars: 95 % interval over items. Rings: single seeds. Hairlines: start, teacher."
     )
@@ -119,6 +125,10 @@ def _systems(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
         Figure("systems", plots.systems_figure(conditions, roles), caption),
         Table(header, rows),
     ]
+
+
+def _described(condition: Condition) -> str:
+    return f"{condition.name}, {condition.quantity}" if condition.quantity else condition.name
 
 
 def _gap(conditions: Sequence[Condition], roles: Roles, budget: Mapping[str, Mapping[str, str]]) -> list[Block]:

@@ -5,14 +5,18 @@ Given nothing but the opening of a user's turn, an instruction-tuned LLM writes 
 and each has its own seed, so that sampling can go on at any batch after an interruption. ``TextStage`` samples, filters
 and answers until every split has what it asked for; it keeps what the teacher wrote, one file a batch, and works out
 everything else anew from these files, so a resumed run cannot differ from an uninterrupted one.
+
+Other samplers: ``instructions_domains.py`` (Magpie after a system turn), ``instructions_seeded.py`` (by persona and
+topic, or after examples), ``instructions_tasks.py`` (questions with answers, sentences with translations).
 """
 
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Protocol
 
 from tqdm import tqdm
 
@@ -20,8 +24,41 @@ from nemo_rba.functional import typed
 from nemo_rba.protocols import Teacher
 from nemo_rba.synthesis.augment import keyed_seed
 from nemo_rba.synthesis.filters import Filter, apply_filters
+from nemo_rba.synthesis.instructions_plan import Requests, Temperature
 from nemo_rba.synthesis.spoken_form import Spoken, SpokenForm
 from nemo_rba.types import Instruction, SamplingParams
+
+BARREN_SAMPLES = 5000  # in a row, of which none is of use, after which no more are asked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What a sampler wrote, where that is more than a text: an instruction that has not passed the filters."""
+
+    text: str
+    response: str = ""  # where the sampler has one, the teacher is not asked for another
+    task: str = ""  # "" leaves it to ``task_of``
+    context: str | None = None  # None = the context that all have
+    aliases: tuple[str, ...] = ()
+    extra: Mapping[str, object] = field(default_factory=dict)
+    reason: str = ""  # why it cannot be used, e.g. because it could not be read
+
+    def beyond_text(self) -> dict:
+        """The fields besides ``text`` that are set, as plain JSON; ``Draft(text=..., **fields)`` restores it."""
+        plain = Draft(text=self.text)
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if value != getattr(plain, name)}
+
+
+class Sampler(Protocol):
+    """Where instructions come from.
+
+    A sampler that learns from what became of its batches also offers ``learn(index, kept)`` with the texts kept, by
+    split. It is called after every batch, also after those that are read again, in order.
+    """
+
+    def batch(self, index: int) -> Iterable[str | Draft]:
+        """What batch ``index`` holds, always the same."""
 
 
 class MagpieSampler:
@@ -38,23 +75,15 @@ class MagpieSampler:
             template cannot be left open in the user's turn.
     """
 
-    def __init__(self, *, teacher: Teacher, batch_size: int, temperature: float, top_p: float, max_new_tokens: int,
-                 seed: int):  # fmt: skip
-        if batch_size < 1:
-            raise ValueError(f"sampler.batch_size is {batch_size}; expected at least 1")
-        if temperature <= 0:
-            raise ValueError(
-                f"sampler.temperature is {temperature}; expected above 0, as greedy sampling writes one instruction "
-                "over and over"
-            )
-        self._teacher, self._batch_size, self._seed = teacher, batch_size, seed
-        self._params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    def __init__(self, *, teacher: Teacher, batch_size: int, temperature: Temperature, top_p: float,
+                 max_new_tokens: int, seed: int):  # fmt: skip
+        self._requests = Requests(teacher=teacher, batch_size=batch_size, temperature=temperature, top_p=top_p,
+                                  max_new_tokens=max_new_tokens, seed=seed)  # fmt: skip
         self._pre_query = teacher.render([], open_turn="user")
 
     def batch(self, index: int) -> list[str]:
         """The texts of batch ``index``, always the same ones; "" where the user's turn never ended."""
-        params = replace(self._params, seed=keyed_seed(self._seed, f"instructions/{index}"))
-        return self._teacher.generate([self._pre_query] * self._batch_size, params)
+        return self._requests.complete([self._pre_query] * self._requests.batch_size, index)
 
 
 def answer(teacher: Teacher, instructions: Sequence[Instruction], params: SamplingParams) -> list[str]:
@@ -77,6 +106,7 @@ class TextResult:
     num_sampled: int = 0
     dropped: list[tuple[Instruction, str]] = field(default_factory=list)  # with the reason
     missing: dict[Quota, int] = field(default_factory=dict)  # what max_batches did not suffice for
+    num_barren: int = 0  # the last so many samples gave nothing, not even for a quota that was full
 
 
 class TextStage:
@@ -84,7 +114,7 @@ class TextStage:
 
     Args:
         teacher: who answers.
-        sampler: where instructions come from; anything with ``batch(index) -> list[str]``.
+        sampler: where instructions come from. Those that have a response already are not answered.
         instruction_filters: applied to what the sampler wrote.
         spoken_form: puts numbers and symbols into words; None speaks what was written.
         speech_filters: applied to the words to be spoken, before answering, so that no answer is wasted.
@@ -96,7 +126,7 @@ class TextStage:
         seed: with a batch's number it decides the answers of the batch.
     """
 
-    def __init__(self, *, teacher: Teacher, sampler, instruction_filters: Sequence[Filter],
+    def __init__(self, *, teacher: Teacher, sampler: Sampler, instruction_filters: Sequence[Filter],
                  spoken_form: SpokenForm | None, speech_filters: Sequence[Filter], response_filters: Sequence[Filter],
                  response_params: SamplingParams, context: str, split_of: Callable[[str], str],
                  task_of: Callable[[str], str], kind_of: Callable[[str], str], folder: Path, seed: int):  # fmt: skip
@@ -107,12 +137,19 @@ class TextStage:
         self._folder, self._seed = folder, seed
 
     def run(self, quotas: dict[Quota, int], *, max_batches: int) -> TextResult:
-        """Work until every quota is met or ``max_batches`` are sampled; ``result.missing`` says what is lacking."""
+        """Work until every quota is met or ``max_batches`` are sampled; ``result.missing`` says what is lacking.
+
+        It stops too after ``BARREN_SAMPLES`` in a row that the filters all dropped: a teacher that repeats itself, or
+        that cannot write what is asked for.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         result, lacking = TextResult(), Counter(quotas)
         with tqdm(total=lacking.total(), desc="instructions", unit="") as progress:
-            while lacking.total() > 0 and result.num_batches < max_batches:
+            while lacking.total() > 0 and result.num_batches < max_batches and result.num_barren < BARREN_SAMPLES:
+                num_sampled, num_dropped = result.num_sampled, len(result.dropped)
                 found = self._run_batch(result.num_batches, lacking, result)
+                unwanted = any(reason.startswith("quota: ") for _, reason in result.dropped[num_dropped:])
+                result.num_barren = 0 if found or unwanted else result.num_barren + result.num_sampled - num_sampled
                 result.num_batches += 1
                 progress.update(found)
                 progress.set_postfix(sampled=result.num_sampled, dropped=len(result.dropped))
@@ -123,13 +160,12 @@ class TextStage:
         """Account for one batch in ``lacking`` and ``result``; returns how many instructions it gave."""
         path = self._folder / f"batch-{index:05d}.jsonl"
         stored = read_jsonl(path) if path.exists() else None
-        texts = [row["text"] for row in stored] if stored is not None else self._sampler.batch(index)
-        result.num_sampled += len(texts)
-        sampled = [
-            Instruction(id=f"b{index:05d}-{number:04d}", text=text.strip(), response="", task="", context=self._context)
-            for number, text in enumerate(texts)
-        ]
-        plausible, _, dropped = apply_filters(sampled, self._instruction_filters)
+        drafts = _drafts(self._sampler.batch(index)) if stored is None else _stored_drafts(stored)
+        result.num_sampled += len(drafts)
+        sampled = [self._instruction(f"b{index:05d}-{number:04d}", draft) for number, draft in enumerate(drafts)]
+        readable = [instruction for instruction, draft in zip(sampled, drafts, strict=True) if not draft.reason]
+        unreadable = [(i, f"sampler: {draft.reason}") for i, draft in zip(sampled, drafts, strict=True) if draft.reason]
+        plausible, _, dropped = apply_filters(readable, self._instruction_filters)
         said = self._say(plausible, path, stored and dict(zip([i.id for i in sampled], stored, strict=True)))
         worded = [replace(i, text=s.text, typed=i.text if s.text != i.text else "") for i, s in said if not s.reason]
         unspoken = [(i, f"spoken form: {spoken.reason}") for i, spoken in said if spoken.reason]
@@ -140,28 +176,46 @@ class TextStage:
             by_id = dict(zip([i.id for i in wanted], responses, strict=True))
             forms = {i.id: {"spoken": list(spoken)} for i, spoken in said} if self._spoken_form is not None else {}
             write_jsonl(path, [
-                {"text": t, "response": by_id.get(i.id)} | forms.get(i.id, {})
-                for t, i in zip(texts, sampled, strict=True)
+                {"text": draft.text, "response": by_id.get(i.id)} | forms.get(i.id, {}) | _beyond_text(draft)
+                for draft, i in zip(drafts, sampled, strict=True)
             ])  # fmt: skip
         else:
             responses = [row["response"] for row in stored if row["response"] is not None]
             if len(responses) != len(wanted):
                 raise ValueError(f"{path} does not fit this configuration; delete it to have it written again")
         answered = [
-            replace(instruction, response=response, task=self._task_of(instruction.text))
+            replace(instruction, response=response, task=instruction.task or self._task_of(instruction.text))
             for instruction, response in zip(wanted, responses, strict=True)
         ]
         kept, _, refused = apply_filters(answered, self._response_filters)
-        result.dropped += dropped + unspoken + silenced + unwanted + refused
+        result.dropped += unreadable + dropped + unspoken + silenced + unwanted + refused
         for instruction in kept:
             quota = self._quota(instruction, lacking)
             lacking[quota] -= 1
             result.splits[quota[0]].append(instruction)
+        self._teach(index, kept)
         return len(kept)
 
+    def _instruction(self, name: str, draft: Draft) -> Instruction:
+        return Instruction(
+            id=name, text=draft.text.strip(), response=draft.response.strip(), task=draft.task, aliases=draft.aliases,
+            context=self._context if draft.context is None else draft.context, extra=draft.extra,
+        )  # fmt: skip
+
+    def _teach(self, index: int, kept: list[Instruction]) -> None:
+        """Tell a sampler that learns what became of its batch, as one types it."""
+        if not hasattr(self._sampler, "learn"):
+            return
+        texts = defaultdict(list)
+        for instruction in kept:
+            texts[self._split_of(instruction.text)].append(instruction.typed or instruction.text)
+        self._sampler.learn(index, texts)
+
     def _answer(self, index: int, wanted: list[Instruction]) -> list[str]:
+        """The responses of all that are wanted: those they came with, and the teacher's to the others."""
         params = replace(self._params, seed=keyed_seed(self._seed, f"answers/{index}"))
-        return answer(self._teacher, wanted, params)
+        answers = iter(answer(self._teacher, [i for i in wanted if not i.response], params))
+        return [instruction.response or next(answers) for instruction in wanted]
 
     def _say(
         self, instructions: list[Instruction], path: Path, stored: dict[str, dict] | None
@@ -196,10 +250,25 @@ class TextStage:
         return next((quota for quota in candidates if quota in quotas), None)
 
 
+def _drafts(written: Iterable[str | Draft]) -> list[Draft]:
+    return [Draft(text=item) if isinstance(item, str) else item for item in written]
+
+
+def _stored_drafts(rows: Sequence[dict]) -> list[Draft]:
+    drafts = [Draft(text=row["text"], **row.get("draft", {})) for row in rows]
+    return [replace(draft, aliases=tuple(draft.aliases)) for draft in drafts]
+
+
+def _beyond_text(draft: Draft) -> dict:
+    found = draft.beyond_text()
+    return {"draft": found} if found else {}
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSONL file. Raises ValueError naming the line that is damaged."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut a text at a U+2028 within it
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

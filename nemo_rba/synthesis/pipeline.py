@@ -28,7 +28,15 @@ from nemo.utils import logging
 from nemo_rba.protocols import TTS, Teacher
 from nemo_rba.synthesis.augment import Augmentation
 from nemo_rba.synthesis.filters import Filter, normalize_text
-from nemo_rba.synthesis.instructions import Quota, TextResult, TextStage, write_jsonl, write_text
+from nemo_rba.synthesis.instructions import (
+    BARREN_SAMPLES,
+    Quota,
+    Sampler,
+    TextResult,
+    TextStage,
+    write_jsonl,
+    write_text,
+)
 from nemo_rba.synthesis.quality import BORDERLINE, QualityControl
 from nemo_rba.synthesis.speech import SpeechStage
 from nemo_rba.synthesis.spoken_form import SpokenForm
@@ -87,13 +95,13 @@ class SelfSynthesis:
         ValueError: splits that contradict each other, speakers shared with the training split, an unusable output.
     """
 
-    def __init__(self, *, teacher: Teacher, teacher_name: str, sampler, instruction_filters: Sequence[Filter],
-                 spoken_form: SpokenForm | None, speech_filters: Sequence[Filter],
-                 response_filters: Sequence[Filter], response_params: SamplingParams, context: str,
-                 splits: Sequence[Split], train_split: str, split_of: Callable[[str], str],
-                 task_of: Callable[[str], str], kind_of: Callable[[str], str], max_batches: int, allow_fewer: bool,
-                 max_duration_seconds: float, shard_size: int, audio_format: str, output: str, on_change: str,
-                 seed: int, quality: QualityControl | None):  # fmt: skip
+    def __init__(self, *, teacher: Teacher, teacher_name: str, sampler: Sampler,
+                 instruction_filters: Sequence[Filter], spoken_form: SpokenForm | None,
+                 speech_filters: Sequence[Filter], response_filters: Sequence[Filter],
+                 response_params: SamplingParams, context: str, splits: Sequence[Split], train_split: str,
+                 split_of: Callable[[str], str], task_of: Callable[[str], str], kind_of: Callable[[str], str],
+                 max_batches: int, allow_fewer: bool, max_duration_seconds: float, shard_size: int, audio_format: str,
+                 output: str, on_change: str, seed: int, quality: QualityControl | None):  # fmt: skip
         _check_splits(splits, train_split)
         if on_change not in ("refuse", "restart"):
             raise ValueError(f"synthesis.on_change is {on_change!r}; expected 'refuse' or 'restart'")
@@ -174,6 +182,8 @@ class SelfSynthesis:
             )
             reasons = ", ".join(f"{reason} ({n})" for reason, n in _count_reasons(result).most_common(4))
             message = f"{result.num_sampled} instructions sampled in {result.num_batches} batches: {lacking}"
+            if result.num_barren >= BARREN_SAMPLES:
+                message += f" (given up, as the last {result.num_barren} were of no use)"
             if not self._allow_fewer:
                 raise ValueError(
                     f"{message}. Most dropped for: {reasons}. Raise synthesis.max_batches or sampler.temperature, ask "

@@ -99,12 +99,13 @@ def commands(run):
     voice = EspeakTTS(voices=["en-us"], rates=[160], pitches=[50], sampling_rate=44100)
     audio = voice.synthesize(["what is the capital of france"], voice.speakers)[0].numpy()
     soundfile.write(folder / "question.wav", np.stack((audio, audio), 1), 44100)
-    model = f"model={folder / 'align_rba' / 'rba.nemo'}"
+    model, dev = f"model={folder / 'align_rba' / 'rba.nemo'}", folder / "synthesis" / "dev"
     lines = {
         "again": ("rba_align.py", "--config-name=rba_tiny", f"output={folder}", *SHORT),
         "evaluate": (
             "rba_evaluate.py", f"aligned={folder / 'align_sft' / 'sft.nemo'}", f"output={folder / 'evaluated'}",
-            f"manifest={folder / 'synthesis' / 'dev'}",
+            f"manifest={dev}", f"tasks={{read: {{manifest: {dev}, typed: true}}, translated: {{manifest: {dev}, "
+            "evaluation: translation, task: {target_language: en}}}",
         ),
         "chat": ("rba_chat.py", model, f"audio={folder / 'question.wav'}"),
         "chat about nothing": ("rba_chat.py", model, f"audio={folder / 'nothing.wav'}"),
@@ -141,11 +142,16 @@ def test_chat_refuses_a_file_that_is_not_there(commands):
     assert status != 0
 
 
-def test_evaluation_of_any_nemo_and_manifest(run, commands):
+def test_evaluation_of_any_nemo_and_manifests(run, commands):
     status, output = commands["evaluate"]
     assert status == 0, output[-3000:]
-    (condition,) = json.loads((run[0] / "evaluated" / "results.json").read_text())["conditions"]
-    assert condition["name"] == "dev"
+    found = json.loads((run[0] / "evaluated" / "results.json").read_text())["conditions"]
+    conditions = {condition["name"]: condition for condition in found}
+    assert sorted(conditions) == ["dev", "read", "translated"]
+    assert list(conditions["translated"]["signatures"]) == ["BLEU", "chrF2++", "TER"]
+    page = (run[0] / "evaluated" / "report.md").read_text()
+    assert "## On text: read" in page
+    assert "Cascade" not in page.split("## On text: read")[1].split("##")[0]
 
 
 def test_eight_billion_stops_before_any_work(run, commands):

@@ -76,6 +76,15 @@ def test_the_report_is_written_and_contains_the_numbers(predictions, tmp_path):
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"systems", "gap", "families", "curves"}
 
 
+def test_the_report_leads_to_all_items_and_its_results_say_where_they_come_from(predictions, tmp_path):
+    make_report(tmp_path, predictions, identity={"code": "nemo_rba 1.2"}, samples_page="all samples.html")
+    assert '<a href="all%20samples.html">All items' in (tmp_path / "report.html").read_text()
+    assert "[All items, to search, compare and hear](all%20samples.html)" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["identity"] == {"code": "nemo_rba 1.2"}
+    make_report(tmp_path, predictions)
+    assert "All items" not in (tmp_path / "report.html").read_text()
+
+
 def test_answers_cannot_break_the_page(predictions, tmp_path):
     make_report(tmp_path, predictions)
     markdown, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()

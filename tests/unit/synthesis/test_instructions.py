@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from nemo_rba.synthesis.filters import CallableFilter, DuplicateFilter, ResponseFilter
-from nemo_rba.synthesis.instructions import MagpieSampler, TextStage, answer
+from nemo_rba.synthesis.instructions import Draft, MagpieSampler, TextStage, answer
 from nemo_rba.synthesis.spoken_form import Spoken
 from nemo_rba.types import Instruction, SamplingParams
 
@@ -164,3 +164,79 @@ def test_damaged_batch_files_are_named(tmp_path):
     path.write_text("".join(json.dumps({"text": json.loads(row)["text"], "response": None}) + "\n" for row in rows))
     with pytest.raises(ValueError, match="does not fit this configuration"):
         stage(tmp_path).run({("train", ""): 20}, max_batches=9)
+
+
+class Drafts:
+    """Drafts as given, one batch of them, and the texts that were learned."""
+
+    def __init__(self, *drafts):
+        self.drafts, self.learned = drafts, []
+
+    def batch(self, index):
+        return self.drafts
+
+    def learn(self, index, kept):
+        self.learned.append((index, dict(kept)))
+
+
+def test_drafts_keep_what_they_came_with(tmp_path):
+    target = {"target_language": "de"}
+    drafts = Drafts(
+        "one two",
+        Draft(text=" hello ", response="hallo", task="translation", context="In German:", extra=target),
+        Draft(text="what is red", task="qa", aliases=("a color",), context=""),
+        Draft(text="{", reason="not JSON"),
+        Draft(text="say cat", response="cat", task="qa"),
+        Draft(text="hello", response="seen before"),
+    )
+    teacher = FakeTeacher()
+    settings = {"sampler": drafts, "context": "Say:"}
+    first = stage(tmp_path, teacher, **settings).run({("train", ""): 3}, max_batches=1)
+    plain, translated, question = first.splits["train"]
+    assert (plain.task, plain.context, plain.response.split()[:-1]) == ("others", "Say:", ["two", "one", "Say:"])
+    assert (translated.text, translated.response, translated.context) == ("hello", "hallo", "In German:")
+    assert (translated.task, translated.extra) == ("translation", target)
+    assert (question.task, question.aliases, question.context) == ("qa", ("a color",), "")
+    assert question.response.startswith("red is what"), "without a response it is answered"
+    assert teacher.calls == 1
+    assert [reason for _, reason in first.dropped] == [
+        "sampler: not JSON", "duplicate: seen before", "quota: no split 'test' with kind 'open' is asked for",
+    ]  # fmt: skip
+    assert drafts.learned == [(0, {"train": ["one two", "hello", "what is red"]})]
+    again = FakeTeacher()
+    settings["sampler"] = Drafts()  # which has nothing more to say
+    assert stage(tmp_path, again, **settings).run({("train", ""): 3}, max_batches=1) == first
+    assert again.calls == 0
+    assert settings["sampler"].learned == drafts.learned, "what is read again is learned too"
+
+
+def test_plain_texts_are_kept_as_ever(tmp_path):
+    stage(tmp_path, sampler=Drafts("one two", "one two")).run({("train", ""): 1}, max_batches=1)
+    rows = (tmp_path / "batch-00000.jsonl").read_text().splitlines()
+    assert [list(json.loads(row)) for row in rows] == [["text", "response"]] * 2
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b"])
+def test_a_text_with_a_line_separator_is_read_again(tmp_path, mark):
+    drafts = Drafts(f"one{mark}two")
+    first = stage(tmp_path, sampler=drafts).run({("train", ""): 1}, max_batches=1)
+    assert stage(tmp_path, sampler=drafts).run({("train", ""): 1}, max_batches=1) == first
+    assert mark in first.splits["train"][0].text
+
+
+def test_a_batch_without_texts_is_read_again(tmp_path):
+    first = stage(tmp_path, sampler=Drafts()).run({("train", ""): 1}, max_batches=2)
+    assert stage(tmp_path, sampler=Drafts("new")).run({("train", ""): 1}, max_batches=2) == first
+    assert (first.num_batches, first.num_sampled, first.missing) == (2, 0, {("train", ""): 1})
+
+
+def test_full_quotas_are_no_reason_to_give_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_rba.synthesis.instructions.BARREN_SAMPLES", 6)
+    drafts = Drafts("one two")
+    settings = {"sampler": drafts, "instruction_filters": []}
+    result = stage(tmp_path, **settings).run({("train", ""): 1, ("test", ""): 1}, max_batches=9)
+    assert (result.num_batches, result.num_barren) == (9, 0)
+    refuse = CallableFilter(name="no", keep=lambda text: False)
+    settings["instruction_filters"] = [refuse]
+    result = stage(tmp_path / "none", **settings).run({("train", ""): 1}, max_batches=9)
+    assert (result.num_batches, result.num_barren) == (6, 6)

@@ -12,7 +12,7 @@ from nemo_rba.synthesis import speech as speech_module
 from nemo_rba.synthesis.augment import NoiseAugmentation
 from nemo_rba.synthesis.augment_effects import Speed
 from nemo_rba.synthesis.filters import DuplicateFilter, LengthFilter, ResponseFilter
-from nemo_rba.synthesis.instructions import MagpieSampler
+from nemo_rba.synthesis.instructions import Draft, MagpieSampler
 from nemo_rba.synthesis.pipeline import SelfSynthesis, Split, hash_split, one_name
 from nemo_rba.types import SamplingParams
 
@@ -280,3 +280,44 @@ def test_hash_split_keeps_its_shares():
     names = [hash_split(f"instruction {i}", shares={"train": 8, "test": 2}) for i in range(2000)]
     assert names.count("test") == pytest.approx(400, abs=60)
     assert hash_split("Hello, World", shares={"a": 1, "b": 1}) == hash_split("hello world!", shares={"a": 1, "b": 1})
+
+
+class Translations:
+    """Sentences with their translations, and one that could not be read."""
+
+    def batch(self, index: int) -> list[Draft]:
+        given = {"task": "translation", "context": "Translate into German.", "extra": {"target_language": "de"}}
+        drafts = [Draft(text=f"say {w}", response=f"sag {w}", aliases=(f"sage {w}",), **given) for w in ("a", "b", "c")]
+        return [*drafts, Draft(text="?", reason="garbage")]
+
+
+def test_targets_reach_the_manifest_and_are_not_asked_for(tmp_path):
+    teacher, tts = FakeTeacher(), FakeTTS(["a", "b"])
+    row = {"name": "train", "instructions_of": "train", "size": 3, "tts": tts, "augment": None, "shares": {},
+           "seen_speakers": True}  # fmt: skip
+    settings = {"sampler": Translations(), "splits": [Split(**row)], "split_of": lambda text: "train"}
+    settings |= {"spoken_form": None, "max_batches": 1}
+    card = build(tmp_path, teacher=teacher, tts=tts, **settings).run(CONFIG)
+    assert teacher.calls == 0
+    found = [cut_to_utterance(cut).instruction for cut in read_manifest(tmp_path / "train")]
+    assert [(i.text, i.response, i.aliases) for i in found] == [
+        (f"say {w}", f"sag {w}", (f"sage {w}",)) for w in ("a", "b", "c")
+    ]
+    assert {(i.task, i.context, i.extra["target_language"]) for i in found} == {
+        ("translation", "Translate into German.", "de")
+    }
+    assert check_manifest(tmp_path / "train").problems == []
+    assert card["dropped"] == {"sampler: garbage": 1}
+    assert [row["text"] for row in rows_of(tmp_path, "dropped.jsonl")] == ["?"]
+
+
+def test_a_sampler_that_repeats_itself_is_told_of(tmp_path, monkeypatch):
+    class Parrot:
+        def batch(self, index: int) -> list[str]:
+            return ["say a"] * 500
+
+    monkeypatch.setattr("nemo_rba.synthesis.instructions.BARREN_SAMPLES", 1000)
+    monkeypatch.setattr("nemo_rba.synthesis.pipeline.BARREN_SAMPLES", 1000)
+    given_up = r"1500 instructions sampled in 3 batches: .*\(given up, as the last 1000 were of no use\)"
+    with pytest.raises(ValueError, match=given_up + r". Most dropped for: duplicate: seen before \(1499\)"):
+        build(tmp_path, sampler=Parrot()).run(CONFIG)
