@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_rba.types import SamplingParams
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SPOKEN = {"enable_thinking": False}  # to templates that know the word (Qwen3): an answer is spoken, thoughts are not
 SENTINEL = "nemorbasentinel"  # stands for a message's content where a chat template is taken apart
 
 
@@ -59,7 +60,9 @@ class HFTeacher:
     def render(self, messages: Sequence[dict[str, str]], *, open_turn: str) -> str:
         """Chat text of ``messages`` with the turn of role ``open_turn`` (``user`` or ``assistant``) left open."""
         if open_turn == "assistant":
-            return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **SPOKEN
+            )
         if open_turn != "user":
             raise ValueError(f"open_turn is {open_turn!r}; expected 'user' or 'assistant'")
         if self._user_end is None:
@@ -68,7 +71,7 @@ class HFTeacher:
                 "when an instruction ends; choose another teacher.path for sampling instructions"
             )
         opened = [*messages, {"role": "user", "content": SENTINEL}]
-        return self._tokenizer.apply_chat_template(opened, tokenize=False).partition(SENTINEL)[0]
+        return self._tokenizer.apply_chat_template(opened, tokenize=False, **SPOKEN).partition(SENTINEL)[0]
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[str]:

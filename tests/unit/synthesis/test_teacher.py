@@ -34,6 +34,14 @@ def test_render_leaves_the_turn_open(teacher):
         teacher.render([], open_turn="system")
 
 
+def test_a_template_that_can_think_is_told_not_to(teacher, monkeypatch):
+    thinking = "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    monkeypatch.setattr(teacher._tokenizer, "chat_template", teacher._tokenizer.chat_template + thinking)
+    said = [{"role": "user", "content": "hello"}]
+    assert "<think>" in teacher._tokenizer.apply_chat_template(said, tokenize=False)
+    assert teacher.render(said, open_turn="assistant").endswith("<|im_start|>assistant\n")
+
+
 def test_bos_is_not_added_twice(teacher):
     (row,) = teacher._encode(["<bos><|im_start|>user\nhello"], room=1)
     assert row == [1, 2, 4, teacher.vocabulary()["hello"]]
