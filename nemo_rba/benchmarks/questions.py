@@ -144,7 +144,44 @@ class OpenAudioBench:
         )
 
 
-class TriviaQA:
+class _TypedQuestions:
+    """What sets of typed questions in parquet files share: ``<folder>/<_part>/<split>-*.parquet``."""
+
+    name: str
+    _origin: str
+    _part: str
+    _splits: tuple[str, ...]
+    _columns: tuple[str, ...]
+
+    def __init__(self, *, folder: str, split: str):
+        require_choice(self.name, "split", split, self._splits)
+        self._split = split
+        self._shards = tables.find_shards(Path(folder) / self._part, split, ".parquet")
+        require_files(self.name, Path(folder), self._shards, self._origin)
+        for path in self._shards:
+            tables.require_columns(self.name, path, self._columns)
+        self.counts: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Instruction]:
+        rows = tables.parquet_rows(self._shards, self._columns)
+        return usable(numbered(f"{self.name}-{self._split}", rows), self._instruction, self.counts)
+
+    def _instruction(self, identity: str, row: Mapping[str, Any]) -> Instruction:
+        response, aliases = split_answers(self._answers(row))
+        return Instruction(
+            id=identity,
+            text=require_words(row["question"]),
+            response=response,
+            task=self.name,
+            aliases=aliases,
+            extra={self._columns[0]: row[self._columns[0]]},
+        )
+
+    def _answers(self, row: Mapping[str, Any]) -> list[str]:
+        raise NotImplementedError
+
+
+class TriviaQA(_TypedQuestions):
     """TriviaQA (arXiv 1705.03551) without its documents, text only: ``mandarjoshi/trivia_qa``, ``rc.nocontext``.
 
     Source: the data set's card: ``question``, ``question_id`` and ``answer``, a struct with ``value`` and ``aliases``
@@ -160,34 +197,16 @@ class TriviaQA:
     """
 
     name = "trivia_qa"
-    _columns = ("question", "question_id", "answer")
+    _origin = "mandarjoshi/trivia_qa"
+    _part = "rc.nocontext"
+    _splits = ("validation", "train")
+    _columns = ("question_id", "question", "answer")
 
-    def __init__(self, *, folder: str, split: str):
-        require_choice(self.name, "split", split, ("validation", "train"))
-        self._split = split
-        self._shards = tables.find_shards(Path(folder) / "rc.nocontext", split, ".parquet")
-        require_files(self.name, Path(folder), self._shards, "mandarjoshi/trivia_qa")
-        for path in self._shards:
-            tables.require_columns(self.name, path, self._columns)
-        self.counts: Counter[str] = Counter()
-
-    def __iter__(self) -> Iterator[Instruction]:
-        rows = tables.parquet_rows(self._shards, self._columns)
-        return usable(numbered(f"{self.name}-{self._split}", rows), self._instruction, self.counts)
-
-    def _instruction(self, identity: str, row: Mapping[str, Any]) -> Instruction:
-        response, aliases = split_answers([row["answer"]["value"], *row["answer"]["aliases"]])
-        return Instruction(
-            id=identity,
-            text=require_words(row["question"]),
-            response=response,
-            task=self.name,
-            aliases=aliases,
-            extra={"question_id": row["question_id"]},
-        )
+    def _answers(self, row: Mapping[str, Any]) -> list[str]:
+        return [row["answer"]["value"], *row["answer"]["aliases"]]
 
 
-class WebQuestions:
+class WebQuestions(_TypedQuestions):
     """WebQuestions (Berant et al., EMNLP 2013), text only: ``stanfordnlp/web_questions``.
 
     Source: the data set's card: ``url``, ``question`` and ``answers``, a list, in ``data/<split>-*.parquet``. The set
@@ -202,28 +221,10 @@ class WebQuestions:
     """
 
     name = "web_questions"
+    _origin = "stanfordnlp/web_questions"
+    _part = "data"
+    _splits = ("test", "train")
     _columns = ("url", "question", "answers")
 
-    def __init__(self, *, folder: str, split: str):
-        require_choice(self.name, "split", split, ("test", "train"))
-        self._split = split
-        self._shards = tables.find_shards(Path(folder) / "data", split, ".parquet")
-        require_files(self.name, Path(folder), self._shards, "stanfordnlp/web_questions")
-        for path in self._shards:
-            tables.require_columns(self.name, path, self._columns)
-        self.counts: Counter[str] = Counter()
-
-    def __iter__(self) -> Iterator[Instruction]:
-        rows = tables.parquet_rows(self._shards, self._columns)
-        return usable(numbered(f"{self.name}-{self._split}", rows), self._instruction, self.counts)
-
-    def _instruction(self, identity: str, row: Mapping[str, Any]) -> Instruction:
-        response, aliases = split_answers(row["answers"])
-        return Instruction(
-            id=identity,
-            text=require_words(row["question"]),
-            response=response,
-            task=self.name,
-            aliases=aliases,
-            extra={"url": row["url"]},
-        )
+    def _answers(self, row: Mapping[str, Any]) -> list[str]:
+        return row["answers"]
