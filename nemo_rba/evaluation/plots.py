@@ -24,7 +24,10 @@ from nemo_rba.evaluation.results import Condition, Roles
 from nemo_rba.evaluation.statistics import Interval
 
 INK, GREY, PALE = "#1f2328", "#8c959f", "#d8dee4"
-ARM_COLOURS = ("#0969a8", "#d97706", "#4d8c57", "#8a5a9e", "#b5485d", "#5b7f95", "#2f9e9e", "#a08a2c")
+ARM_COLOURS = (
+    "#0969a8", "#d97706", "#4d8c57", "#8a5a9e", "#b5485d", "#5b7f95", "#2f9e9e", "#a08a2c", "#7a4419", "#c2188b",
+    "#3f51b5", "#93c01f",
+)  # fmt: skip
 SETTINGS = {
     "font.size": 9.5,
     "font.family": "sans-serif",

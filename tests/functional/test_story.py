@@ -81,7 +81,7 @@ def test_reward_rises_and_logprobs_agree(run):
 def test_report_and_data_are_complete(run):
     folder, _ = run
     results = json.loads((folder / "report" / "results.json").read_text())
-    assert [c["name"] for c in results["conditions"]] == ["held-out voices", "seen voices"]
+    assert [c["name"] for c in results["conditions"]] == ["held-out voices", "seen voices", "typed"]
     assert (folder / "report" / "report.html").stat().st_size > 50_000
     assert "RBA" in results["headline"][0]
     for name in ("card.json", "counts.json", "dropped.jsonl"):
