@@ -16,6 +16,7 @@ from nemo_rba.stages import Stages
 
 @hydra_runner(config_path="../conf", config_name="rba_tiny")
 def main(cfg: DictConfig) -> None:
+    recipe_evaluation.check_conditions(cfg)
     recipe.start(cfg)
     arms = recipe.arms(cfg)
     stages = Stages(cfg.output, rank=parallel.rank())

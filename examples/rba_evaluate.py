@@ -9,6 +9,7 @@ from pathlib import Path
 
 import recipe
 import recipe_evaluation
+from hydra.errors import InstantiationException
 from nemo.core.config import hydra_runner
 from nemo.utils import logging
 from omegaconf import DictConfig
@@ -18,9 +19,12 @@ from nemo_rba.evaluation.conditions import HeldOut
 
 @hydra_runner(config_path="../conf", config_name="rba_evaluate")
 def main(cfg: DictConfig) -> None:
+    try:
+        sets = recipe_evaluation.benchmark_sets(cfg)
+    except (ValueError, InstantiationException) as problem:
+        raise SystemExit(str(problem)) from None
     recipe.start(cfg)
     aligned, folder = Path(cfg.aligned), Path(cfg.output)
-    sets = recipe_evaluation.benchmark_sets(cfg)
     if cfg.manifest is not None:
         sets[Path(cfg.manifest).stem] = HeldOut(manifest=Path(cfg.manifest))
     absent = [f"{name}: {held_out.manifest}" for name, held_out in sets.items() if not held_out.manifest.exists()]

@@ -38,6 +38,7 @@ def main(study: DictConfig) -> None:
     first = config(study, runs[0])
     for run in {run.arm: run for run in runs}.values():
         recipe.preflight(config(study, run))
+    recipe_evaluation.check_conditions(first)
     recipe.start(first)
     stages = Stages(study.output, rank=parallel.rank())
     data = stages.run("synthesis", recipe.keys(first, recipe.SYNTHESIS), partial(recipe.synthesize, first))

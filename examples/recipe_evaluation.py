@@ -11,8 +11,9 @@ from urllib.parse import quote
 import soundfile
 import torch
 from hydra import compose
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from recipe import LABELS, layout, loader_builder
 
 from nemo_rba import __version__
@@ -43,9 +44,38 @@ PANELS = {
 }
 
 
+WAYS = ("typed", "augmentation", "curve", "at")  # of ``HeldOut``, how items reach the student
+
+
+def check_conditions(cfg: DictConfig) -> None:
+    """Stop before any work where a condition cannot be met after it.
+
+    Raises:
+        SystemExit: a condition has a key that means nothing, or names a split that is not made.
+    """
+    made = [split.name for split in cfg.synthesis.splits]
+    try:
+        sets = held_out_sets(cfg, Path())
+        wrong = [
+            f"conditions.{name}: there is no split {held_out.manifest.name!r}; expected one of {', '.join(made)}"
+            for name, held_out in sets.items()
+            if held_out.manifest.name not in made
+        ]
+    except (ValueError, InstantiationException) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise SystemExit("nothing was started, because:\n" + "\n".join(f"  - {line}" for line in wrong))
+
+
 def held_out_sets(cfg: DictConfig, data: Path) -> dict[str, HeldOut]:
-    """Name in the report -> condition: a split of ``data``, or {split: ..., and what ``HeldOut`` has}."""
+    """Name in the report -> condition: a split of ``data``, or {split: ..., and what ``HeldOut`` has}.
+
+    Raises:
+        ValueError: a condition lacks its split, or has a key that means nothing.
+    """
     given = {name: {"split": value} if isinstance(value, str) else value for name, value in cfg.conditions.items()}
+    for name, value in given.items():
+        _check_keys(f"conditions.{name}", value, needed=("split",), optional=WAYS)
     return {name: _held_out(value, manifest=data / value["split"]) for name, value in given.items()}
 
 
@@ -53,20 +83,48 @@ def benchmark_sets(cfg: DictConfig) -> dict[str, HeldOut]:
     """As ``held_out_sets``, of ``cfg.tasks``: each with a manifest, and an evaluation of its own where it names one.
 
     ``evaluation`` is a name of conf/evaluation; ``task`` changes keys of its task.
+
+    Raises:
+        ValueError: a task lacks its manifest, has a key that means nothing, or names no evaluation that there is.
     """
     found = {}
     for name, choice in (cfg.tasks or {}).items():
-        make_task = None
-        if "evaluation" in choice:
-            own = compose(overrides=[f"+evaluation={choice.evaluation}"]).evaluation.task
-            make_task = instantiate(OmegaConf.merge(own, choice.get("task", {})))
+        _check_keys(f"tasks.{name}", choice, needed=("manifest",), optional=("evaluation", "task", *WAYS))
+        if "task" in choice and "evaluation" not in choice:
+            raise ValueError(f"tasks.{name} changes a task, but names no evaluation; give evaluation as well")
+        make_task = _own_task(cfg, f"tasks.{name}", choice) if "evaluation" in choice else None
         found[name] = _held_out(choice, manifest=Path(choice.manifest), make_task=make_task)
     return found
 
 
+def _own_task(cfg: DictConfig, where: str, choice: DictConfig) -> Callable[..., ItemTask]:
+    """The task of an evaluation, in the place of the main one, so that what it refers to is found."""
+    try:
+        evaluation = compose(overrides=[f"+evaluation={choice.evaluation}"]).evaluation
+    except HydraException as error:
+        raise ValueError(f"{where}.evaluation is {choice.evaluation!r}: {str(error).splitlines()[0]}") from error
+    scope = cfg.copy()
+    with open_dict(scope):
+        scope.evaluation = evaluation
+        if "task" in choice:
+            scope.evaluation.task = OmegaConf.merge(evaluation.task, choice.task)
+    unset = sorted(key for key in OmegaConf.missing_keys(scope) if key.startswith("evaluation."))
+    if unset:
+        raise ValueError(f"{where}: {', '.join(unset)} not set; give them in {where}.task")
+    return instantiate(scope.evaluation.task)
+
+
+def _check_keys(where: str, choice: Mapping, *, needed: tuple[str, ...], optional: tuple[str, ...]) -> None:
+    unknown = [key for key in choice if key not in needed + optional]
+    absent = [key for key in needed if key not in choice]
+    if unknown or absent:
+        raise ValueError(
+            f"{where} has the keys {list(choice)}; expected {', '.join(needed)} and, if wanted, {', '.join(optional)}"
+        )
+
+
 def _held_out(choice: Mapping, **known) -> HeldOut:
-    keys = ("typed", "augmentation", "curve", "at")
-    given = {key: choice[key] for key in keys if key in choice}
+    given = {key: choice[key] for key in WAYS if key in choice}
     return HeldOut(**known, **{k: instantiate(v) if OmegaConf.is_config(v) else v for k, v in given.items()})
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was paid for once is kept: answers of a server, votes of a judge, scores of a model, by their content.
 
-A JSONL file that grows by whole lines, so that it can be cut off anywhere: its first line says whose values these are,
+A JSONL file that grows by whole lines, so that it can be cut off anywhere: a first line says whose values these are,
 every further line is a key and a value. A file of another owner is refused, so values never mix.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Memory:
-    """Key -> plain JSON value. Threads may share it; processes may not.
+    """Key -> plain JSON value. Threads may share it. Processes may share its file: each adds what it paid for itself.
 
     Args:
         path: of the file, made when something is first kept; "" keeps everything in this process only.
@@ -51,8 +51,9 @@ class Memory:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             lines = [] if self._path.exists() and self._path.stat().st_size else [{"owner": self._owner}]
             lines += [{"key": key, "value": value} for key, value in values.items()]
-            with self._path.open("ab") as file:
-                file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            with self._path.open("ab", buffering=0) as file:  # one write: lines of two processes do not mix
+                file.write(text.encode())
 
     def _read(self) -> dict[str, Any]:
         if self._values is None:
@@ -69,7 +70,7 @@ class Memory:
         for number, line in enumerate(whole.decode().splitlines(), start=1):
             try:
                 row = json.loads(line)
-                if number == 1:
+                if number == 1 or "owner" in row:  # two processes may both have begun the file
                     self._check_owner(row["owner"])
                 else:
                     values[row["key"]] = row["value"]

@@ -174,3 +174,55 @@ def test_one_key_changes_what_hangs_on_it():
 def test_8b_rivals_can_be_left_out(name):
     cfg = load(name, "~baselines.sft", "~baselines.forward_kl")
     assert list(recipe.arms(cfg)) == ["rba"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "conditions.typed.split=test_sen",
+            "conditions.typed: there is no split 'test_sen'; expected one of train, dev",
+        ),
+        ("+conditions.typed.augmentatoin=null", r"conditions.typed has the keys \['split', 'typed', 'augmentatoin'\]"),
+        ("+conditions.typed.curve=SNR", "has an augmentation or a curve; expected neither"),
+    ],
+)
+def test_conditions_that_cannot_be_met_stop_before_any_work(override, expected):
+    recipe_evaluation.check_conditions(load("rba_tiny"))
+    recipe_evaluation.check_conditions(load("rba_8b"))
+    with pytest.raises(SystemExit, match=expected):
+        recipe_evaluation.check_conditions(load("rba_tiny", override))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        ("{a: {evaluation: spoken_qa}}", r"tasks.a has the keys \['evaluation'\]; expected manifest"),
+        ("{a: {manifest: m, type: true}}", r"tasks.a has the keys \['manifest', 'type'\]"),
+        ("{a: {manifest: m, evaluation: poetry}}", "tasks.a.evaluation is 'poetry': .*poetry"),
+        (
+            "{a: {manifest: m, evaluation: translation}}",
+            r"evaluation.task.target_language not set; give .* tasks.a.task",
+        ),
+        ("{a: {manifest: m, task: {max_words: 3}}}", "tasks.a changes a task, but names no evaluation"),
+    ],
+)
+def test_tasks_that_cannot_be_run_are_named(tasks, expected):
+    with initialize_config_dir(str(CONF), version_base=None):
+        cfg = compose("rba_evaluate", overrides=["aligned=x.nemo", f"tasks={tasks}"])
+        with pytest.raises(ValueError, match=expected):
+            recipe_evaluation.benchmark_sets(cfg)
+
+
+def test_a_tasks_own_evaluation_finds_what_it_refers_to():
+    with initialize_config_dir(str(CONF), version_base=None):
+        tasks = "{a: {manifest: m, evaluation: spoken_qa, task: {max_words: 3}}}"
+        cfg = compose("rba_evaluate", overrides=["aligned=x.nemo", "output=here", f"tasks={tasks}"])
+        made = recipe_evaluation.benchmark_sets(cfg)["a"].make_task(name="a", batches=list)
+        assert made._contains.max_words == 3
+        nobody = "{model: m, base_url: 'http://127.0.0.1:9/v1', max_retries: 0}"
+        cfg.tasks = OmegaConf.create(f"a: {{manifest: m, evaluation: judge, task: {{reward: {{judge: {nobody}}}}}}}")
+        with pytest.raises(
+            Exception, match="did not answer"
+        ):  # its name and its file of votes were found, not a server
+            recipe_evaluation.benchmark_sets(cfg)

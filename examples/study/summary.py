@@ -171,9 +171,9 @@ def _caption(study: Study) -> str:
 def _protocol(study: Study) -> list[str]:
     seeds = list(study.config.seeds)
     return [
-        "Every arm: the same start, batches, clips heard, voices, noise, frozen parts and checkpoint rule; a grid of "
+        "Every arm: the same start, size of batches, voices, noise, frozen parts and checkpoint rule; a grid of "
         f"learning rates of the same size, chosen on dev with seed {seeds[0]}. Test sets were read once, at the end.",
         f"Seeds {seeds}: each draws its own prompts from the same pool of {study.recipe.data.num_train} (all of it "
         "where a size is as large), its own order and its own samples.",
-        "Budgets are equal in clips heard, not in time; the time of a run is in the table, two runs side by side.",
+        "Clips heard, and the time of a run, two side by side, are in the table; an arm with more clips is named so.",
     ]

@@ -35,6 +35,21 @@ def test_other_owners_and_damage_are_refused(tmp_path):
         Memory(path=path, owner=OWNER)["b"]
 
 
+def test_two_processes_may_begin_and_fill_one_file(tmp_path):
+    path = tmp_path / "shared.jsonl"
+    path.touch()
+    one, other = Memory(path=path, owner=OWNER), Memory(path=path, owner=OWNER)
+    assert len(one) == len(other) == 0, "both have found nothing"
+    one.keep({"a": 1})
+    begun = path.read_text()
+    path.write_text("")
+    other.keep({"b": 2})
+    path.write_text(begun + path.read_text())
+    assert path.read_text().count("owner") == 2
+    both = Memory(path=path, owner=OWNER)
+    assert (both["a"], both["b"], len(both)) == (1, 2, 2)
+
+
 def test_without_a_path_and_with_many_threads(tmp_path):
     for path in ("", tmp_path / "many.jsonl"):
         memory = Memory(path=path, owner={})
