@@ -20,7 +20,12 @@ def main(cfg: DictConfig) -> None:
     recipe.start(cfg)
     arms = recipe.arms(cfg)
     stages = Stages(cfg.output, rank=parallel.rank())
-    data = stages.run("synthesis", recipe.keys(cfg, recipe.SYNTHESIS), lambda folder: recipe.synthesize(cfg, folder))
+    data = stages.run(
+        "synthesis",
+        recipe.keys(cfg, recipe.SYNTHESIS),
+        lambda folder: recipe.synthesize(cfg, folder, parallel.rank()),
+        collective=True,
+    )
     folders = {
         arm: stages.run(
             f"align_{arm}",

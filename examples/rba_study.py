@@ -41,7 +41,7 @@ def main(study: DictConfig) -> None:
     recipe_evaluation.check_conditions(first)
     recipe.start(first)
     stages = Stages(study.output, rank=parallel.rank())
-    data = stages.run("synthesis", recipe.keys(first, recipe.SYNTHESIS), partial(recipe.synthesize, first))
+    data = stages.run("synthesis", recipe.keys(first, recipe.SYNTHESIS), partial(recipe.synthesize, first, rank=0))
     train(study, runs, data)
     scores = {run: dev_score(folder(study, run), monitor(first)) for run in runs}
     chosen = choose(runs, scores)

@@ -183,8 +183,8 @@ def _complaint(check: Callable, *args) -> list[str]:
     return []
 
 
-def synthesize(cfg: DictConfig, folder: Path) -> None:
-    """Stage a: the teacher's instructions and answers, spoken."""
+def synthesize(cfg: DictConfig, folder: Path, rank: int) -> None:
+    """Stage a: the teacher's instructions and answers, spoken, by as many ranks as call this."""
     teacher = instantiate(cfg.teacher)
     pipeline = instantiate(cfg.synthesis)
 
@@ -195,7 +195,8 @@ def synthesize(cfg: DictConfig, folder: Path) -> None:
         return part(teacher=teacher) if isinstance(part, partial) else part
 
     waiting = {name: complete(pipeline.keywords[name]) for name in TAUGHT}
-    pipeline(teacher=teacher, output=str(folder), **waiting).run(OmegaConf.to_container(cfg.synthesis, resolve=True))
+    settings = OmegaConf.to_container(cfg.synthesis, resolve=True)
+    pipeline(teacher=teacher, output=str(folder), **waiting).run(settings, rank)
 
 
 def loader_builder(

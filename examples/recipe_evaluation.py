@@ -2,6 +2,7 @@
 """The last stages of a recipe: everybody answers the held-out sets, and a report says what came out."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from functools import partial
@@ -32,6 +33,9 @@ from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, Prediction, 
 from nemo_rba.evaluation.tasks import ItemTask
 from nemo_rba.manifest import read_manifest
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
+from nemo_rba.protocols import PromptEncoder
+from nemo_rba.rewards.judge import Accounted
+from nemo_rba.types import Instruction
 
 PANELS = {
     "Reward": "reward/mean",
@@ -44,6 +48,7 @@ PANELS = {
 }
 
 
+ACCOUNTS = "accounts.json"  # what scoring has cost
 WAYS = ("typed", "augmentation", "curve", "at")  # of ``HeldOut``, how items reach the student
 
 
@@ -133,12 +138,16 @@ def tasks(cfg: DictConfig, sets: dict[str, HeldOut], folder: Path, model: RBASpe
 
     def one(name: str, held_out: HeldOut) -> ItemTask:
         loader = _loader(cfg, held_out, folder, model)
-        make_task = held_out.make_task or instantiate(cfg.evaluation.task)
         if held_out.typed:
-            return make_task(name=name, batches=lambda: (typed_batch(batch, model.prompt) for batch in loader))
-        return make_task(name=name, batches=lambda: loader)
+            return make_task(cfg, name, held_out, lambda: (typed_batch(batch, model.prompt) for batch in loader))
+        return make_task(cfg, name, held_out, lambda: loader)
 
     return [one(name, held_out) for name, held_out in sets.items()]
+
+
+def make_task(cfg: DictConfig, name: str, held_out: HeldOut, batches: Callable) -> ItemTask:
+    """The set's own task, or the evaluation's."""
+    return (held_out.make_task or instantiate(cfg.evaluation.task))(name=name, batches=batches)
 
 
 def _loader(cfg: DictConfig, held_out: HeldOut, folder: Path, model: RBASpeechLM) -> SpeechLoader:
@@ -176,6 +185,7 @@ def systems(cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]) -> list
             if is_salm
             else RBASpeechLM.restore_from(files[arm], **layout(cfg))
         )
+        check_same_prompts(arm, model.prompt, start.prompt)
         return PolicySystem(name=arm, policy=frozen(model), params=params)
 
     return [
@@ -184,6 +194,21 @@ def systems(cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]) -> list
         lambda: PolicySystem(name="start", policy=frozen(start), params=params),
         *(partial(aligned, arm) for arm in files),
     ]
+
+
+def check_same_prompts(arm: str, prompt: PromptEncoder, asked: PromptEncoder) -> None:
+    """Refuse a model that would read other words into the prompts, which are those of the start model.
+
+    Raises:
+        ValueError: tokenizer or prompt format are not the start model's.
+    """
+    probe = Instruction(id="", text="Say: 42 Äpfel, please!", response="", task="", context="Now:")
+    ways = [(p.encode_prompt(probe), p.encode_typed(probe), p.encode_response("It is 42.")) for p in (prompt, asked)]
+    if ways[0] != ways[1]:
+        raise ValueError(
+            f"aligned model {arm!r} has another tokenizer or prompt format than the start model, whose prompts all are "
+            "asked: evaluate it by itself, with a start model of its own kind"
+        )
 
 
 def evaluate(
@@ -199,11 +224,29 @@ def evaluate(
     for build in systems(cfg, start, files):
         system = build()
         for task in held_out:
-            if not (sets[task.name].typed and isinstance(system, CascadeSystem)):  # which would have nothing to hear
+            if is_asked(system.name, sets[task.name]):
                 predictions += run(system, task, folder)
+    keep_accounts(held_out, folder)
     if parallel.rank() == 0:
         _keep_sounds(cfg, sets, predictions, roles(list(files)), folder, start)
     return predictions
+
+
+def is_asked(system: str, held_out: HeldOut) -> bool:
+    """Everybody is, but for a cascade that would have nothing to hear."""
+    return not (held_out.typed and system == "cascade")
+
+
+def keep_accounts(asked: list[ItemTask], folder: Path) -> None:
+    """What scoring has cost on all ranks, for the report: ``accounts.json``, {} where nothing is paid for."""
+    mine = {task.name: task.account() for task in asked if isinstance(task, Accounted)}
+    total: dict[str, Counter] = {name: Counter() for name, account in mine.items() if account}
+    for (accounts,) in parallel.data_parallel_lists([mine]):
+        for name, sums in total.items():
+            sums.update(accounts[name])
+    if parallel.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ACCOUNTS).write_text(json.dumps(total, indent=2) + "\n")
 
 
 def roles(arms: list[str]) -> Roles:
@@ -245,16 +288,18 @@ def _read_sound(path: Path) -> Sound:
 
 def report(
     cfg: DictConfig, predictions: list[Prediction], sets: dict[str, HeldOut], arms: list[str], folder: Path,
-    trained: dict,
+    trained: dict, told: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Stage e: tables, plots and a verdict, and a page of all items.
 
     Args:
         trained: what to say of how the arms were made, see ``training``.
+        told: what to say of where the answers come from, in the place of what the config says.
     """
     if parallel.rank() > 0:
         return
-    who, source = roles(arms), identity(cfg, sets, arms)
+    who, source = roles(arms), identity(cfg, sets, arms) | dict(told or {})
+    accounts = folder / ACCOUNTS
     sounds = {
         name: {id: _read_sound(path) for id, path in files.items() if path.exists()}
         for name, files in _sound_files(cfg, sets, predictions, who, folder).items()
@@ -276,6 +321,7 @@ def report(
         seed=cfg.seed,
         identity=source,
         samples_page=page.name,
+        accounts=json.loads(accounts.read_text()) if accounts.exists() else None,
     )
 
 
@@ -285,8 +331,9 @@ def identity(cfg: DictConfig, sets: dict[str, HeldOut], arms: list[str]) -> dict
     def shown(path: str | Path) -> str:
         return Path(path).name if Path(path).is_absolute() else str(path)
 
-    def decoding(params: DictConfig) -> str:
-        return ", ".join(f"{key} {value}" for key, value in params.items() if key != "_target_")
+    def named(*keys: str) -> str:
+        found = (OmegaConf.select(cfg, key, throw_on_resolution_failure=False) for key in keys)
+        return next((shown(path) for path in found if path), "not named")
 
     def heard(held_out: HeldOut) -> str:
         how = "read, not heard" if held_out.typed else "heard as it is"
@@ -297,16 +344,21 @@ def identity(cfg: DictConfig, sets: dict[str, HeldOut], arms: list[str]) -> dict
     evaluation = cfg.evaluation
     return {
         "code": f"nemo_rba {__version__}",
-        "start model": shown(cfg.model.get("folder") or cfg.model.restore_path),
-        "teacher": shown(cfg.teacher.get("path") or cfg.teacher.model),
+        "start model": named("model.folder", "model.restore_path"),
+        "teacher": named("teacher.path", "teacher.model"),
         "aligned models": ", ".join(arms),
         **{f"data: {name}": heard(held_out) for name, held_out in sets.items()},
-        "decoding": decoding(evaluation.params),
-        "decoding of the cascade's transcript": decoding(evaluation.transcribe_params),
+        "decoding": in_words(evaluation.params),
+        "decoding of the cascade's transcript": in_words(evaluation.transcribe_params),
         "seed": str(cfg.seed),
         "bootstrap": f"{evaluation.num_draws} draws",
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def in_words(decoding: Mapping) -> str:
+    """Settings of a decoder, without their class."""
+    return ", ".join(f"{key} {value}" for key, value in decoding.items() if key != "_target_")
 
 
 def training(cfg: DictConfig, folders: dict[str, Path]) -> dict:

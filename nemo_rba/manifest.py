@@ -305,6 +305,14 @@ class ManifestWriter:
         self._writer.write(utterance_to_cut(utterance, teacher=self._teacher))
 
 
+def write_empty_shard(folder: Path, shard: int) -> None:
+    """A shard that lost all its utterances: the others keep their numbers, and readers pass over it."""
+    with gzip.open(folder / f"cuts.{shard:06d}.jsonl.gz", "wt"):
+        pass
+    with tarfile.open(folder / f"recording.{shard:06d}.tar", "w"):
+        pass
+
+
 def write_shar(
     utterances: Iterable[Utterance], folder: str | Path, *, shard_size: int, audio_format: str, teacher: str
 ) -> None:

@@ -80,8 +80,15 @@ class Policy(Protocol):
         ``read`` holds the answers of ``heard``, its prompts typed.
         """
 
-    def forward_backward(self, batch: RolloutBatch, objective: "Objective") -> Metrics:
-        """Accumulate the objective's gradient over microbatches; returns the objective's metrics, averaged."""
+    def forward_backward(
+        self, batch: RolloutBatch, objective: "Objective", *, read: SpeechBatch | None = None,
+        layers: Sequence[int] = (), weight: float = 0.0,
+    ) -> Metrics:  # fmt: skip
+        """Accumulate the objective's gradient over microbatches; returns the objective's metrics, averaged.
+
+        Given ``read``, the prompts of ``batch`` typed, also that of ``weight`` times the mean over the tokens of the
+        global batch and over ``layers`` of 1 - the cosine of ``agreement``, with respect to today's states.
+        """
 
     def encode_response(self, response: str) -> list[int]:
         """An answer's token ids, with the end of turn."""

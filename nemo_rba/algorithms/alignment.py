@@ -24,16 +24,17 @@ from torch import Tensor
 from nemo_rba.algorithms.advantage import estimate, silent_share
 from nemo_rba.algorithms.collate import collate, prompt_index
 from nemo_rba.algorithms.controls import Controls
+from nemo_rba.algorithms.gkd import GKDRollouts
 from nemo_rba.algorithms.importance import Importance
 from nemo_rba.algorithms.loss_terms import PolicyGradientLoss
-from nemo_rba.algorithms.representation import RepresentationReward
+from nemo_rba.algorithms.representation import RepresentationLoss, RepresentationReward
 from nemo_rba.algorithms.rollout import Answers, TeacherRollouts, respond
 from nemo_rba.distributed.parallel import data_parallel_mean, data_parallel_sum
 from nemo_rba.functional import group_is_constant
 from nemo_rba.protocols import AdvantageEstimator, LikelihoodTeacher, Metrics, Objective, Policy, RolloutSource
 from nemo_rba.rewards.mixture import RewardMixture
 from nemo_rba.synthesis.teacher import check_same_vocabulary
-from nemo_rba.types import SamplingParams, SpeechBatch
+from nemo_rba.types import RolloutBatch, SamplingParams, SpeechBatch
 
 SEEDS_PER_RUN = 1_000_003  # so that no two steps of two runs with neighbouring seeds sample alike
 
@@ -48,7 +49,8 @@ class RBAAlignment(LightningModule):
         teacher: judges tokens; None when the objective does not ask for it.
         controls: learning rate, KL coefficient, and who stops a run that has gone wrong.
         importance: corrects for a sampler that is not the trainer (``importance``); None trusts the sampler.
-        representation: one more reward, for hidden states like a reader's (``representation``), or None.
+        representation: one more reward, or term of the loss, for hidden states like a reader's (``representation``), or
+            None.
         build_loader: ``build_loader(prompt=..., sampling_rate=...)`` gives the training batches.
         build_validation_loader: likewise the dev batches.
         validation_params: how the student answers them.
@@ -61,7 +63,7 @@ class RBAAlignment(LightningModule):
         reward: RewardMixture, advantage: AdvantageEstimator, objective: Objective, teacher: LikelihoodTeacher | None,
         controls: Controls, build_loader: Callable, build_validation_loader: Callable,
         validation_params: SamplingParams, num_minibatches: int, seed: int, importance: Importance | None = None,
-        representation: RepresentationReward | None = None,
+        representation: RepresentationReward | RepresentationLoss | None = None,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -99,12 +101,14 @@ class RBAAlignment(LightningModule):
             batch, rollouts, advantages, policy=self.policy, objective=self.objective, teacher=self._teacher[0],
             importance=self.importance, num_minibatches=self.num_minibatches,
         ):  # fmt: skip
-            metrics = self.policy.forward_backward(minibatch, self.objective) | take_step()
+            metrics = self._learn(minibatch) | take_step()
             self.controls.after_step(metrics, self.objective, first=not steps)
             steps.append(metrics)
         self.num_batches += 1
         described = describe(answers)
         described["rollout/unfinished"] = self.source.num_unfinished / len(rollouts)
+        if isinstance(self.source, GKDRollouts):
+            described["rollout/own"] = sum(rollout.logprobs is not None for rollout in rollouts) / len(rollouts)
         if self.source.max_resamples:
             described["rollout/resampled"] = answers.num_resampled / len(batch)
         if self.objective.needs_advantages:
@@ -120,9 +124,15 @@ class RBAAlignment(LightningModule):
 
     def _represented(self, batch: SpeechBatch, answers: Answers) -> Answers:
         """The answers with the reward for their hidden states, where there is one."""
-        if self.representation is None:
+        if not isinstance(self.representation, RepresentationReward):
             return answers
         return self.representation(self.policy, batch, answers, self.model.prompt)
+
+    def _learn(self, minibatch: RolloutBatch) -> Metrics:
+        """The gradient of a minibatch, with that of the loss for its hidden states, where there is one."""
+        if not isinstance(self.representation, RepresentationLoss):
+            return self.policy.forward_backward(minibatch, self.objective)
+        return self.representation(self.policy, minibatch, self.objective, self.model.prompt)
 
     # ---- Lightning -------------------------------------------------------------------------------------------------
 
@@ -258,21 +268,23 @@ def _mean(steps: Sequence[Metrics]) -> Metrics:
 
 def check_choices(
     source: RolloutSource, advantage: AdvantageEstimator, objective: Objective, importance: Importance | None = None,
-    representation: RepresentationReward | None = None,
+    representation: RepresentationReward | RepresentationLoss | None = None,
 ) -> None:  # fmt: skip
     """Refuse at setup what could only fail, or silently learn nothing, at the first batch.
 
     Raises:
         ValueError: the advantage or the loss compares more answers to a prompt than the source gives, or the advantage
-            asks for greedy answers of a source that samples none, or the loss has no place for importance weights or
-            for a reward.
+            asks for greedy answers of a source that samples none, or the loss has no place for importance weights,
+            for a reward or for answers of the teacher.
     """
+    if isinstance(source, GKDRollouts):
+        source.check(objective)
     if importance is not None and not (isinstance(objective, PolicyGradientLoss) and source.on_policy):
         raise ValueError(
             f"{type(importance).__name__} weighs the tokens of a policy gradient on own answers, but the loss is "
             f"{type(objective).__name__} on {type(source).__name__}; leave importance out"
         )
-    if representation is not None:
+    if isinstance(representation, RepresentationReward):
         representation.check(source, advantage, objective)
     if not objective.needs_advantages:
         return

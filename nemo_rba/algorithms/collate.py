@@ -125,3 +125,15 @@ def select_prompts(batch: SpeechBatch, rows: Tensor) -> SpeechBatch:
         if field.name != "instructions"
     }
     return SpeechBatch(instructions=tuple(batch.instructions[row] for row in rows.tolist()), **tensors)
+
+
+def move(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
+    """The batch with its tensors on ``device``; its prompts stay where they are."""
+    if batch.response_ids.device == device:
+        return batch
+    tensors = {
+        field.name: getattr(batch, field.name).to(device)
+        for field in dataclasses.fields(batch)
+        if isinstance(getattr(batch, field.name), Tensor)
+    }
+    return dataclasses.replace(batch, **tensors)

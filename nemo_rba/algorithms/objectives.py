@@ -169,8 +169,8 @@ class GeneralizedJSDLoss:
         loss = beta KL(P || M) + (1 - beta) KL(Q || M)
 
     Between the forward KL (loss / beta as beta goes to 0) and the reverse KL (loss / (1 - beta) as it goes to 1), and
-    bounded, unlike both. Candidates and tail as in ``ForwardKLLoss``. GKD's fraction of own answers is the choice of
-    ``rollouts``.
+    bounded, unlike both. Candidates and tail as in ``ForwardKLLoss``. GKD's fraction of own answers is
+    ``GKDRollouts.share``.
 
     Args:
         beta: weight of the teacher in the mixture, between 0 and 1, without them (0.5 is the symmetric one).

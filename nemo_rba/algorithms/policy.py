@@ -25,7 +25,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from nemo_rba.algorithms.collate import select, select_prompts
+from nemo_rba.algorithms.collate import move, select, select_prompts
 from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.checkpoint.sharded import metadata, sharded_weights
 from nemo_rba.distributed import cpu, pipeline, vocab_parallel
@@ -166,13 +166,55 @@ class MegatronPolicy:
         for parameter, kept in zip(self.parameters(), self._start, strict=True):
             parameter.data, kept.data = kept.data, parameter.data
 
-    def forward_backward(self, batch: RolloutBatch, objective: Objective) -> Metrics:
+    def forward_backward(
+        self, batch: RolloutBatch, objective: Objective, *, read: SpeechBatch | None = None,
+        layers: Sequence[int] = (), weight: float = 0.0,
+    ) -> Metrics:  # fmt: skip
         """See ``protocols.Policy``."""
+        if read is not None:
+            return self._drawn(batch, objective, dataclasses.replace(batch, prompts=read), layers, weight)
+        return self._learn(batch, objective, ahead=None)
+
+    def _drawn(
+        self, batch: RolloutBatch, objective: Objective, read: RolloutBatch, layers: Sequence[int], weight: float
+    ) -> Metrics:  # fmt: skip
+        """``forward_backward`` with a loss on hidden states, see ``states.Attraction``.
+
+        A microbatch is read just before it is heard; under pipeline parallelism, where a pass takes all stages, all of
+        them are read first.
+
+        Raises:
+            ValueError: there is no such layer, or the policy was built without ``keep_start``.
+        """
+        layers = states.chosen_layers(layers, self.model.config.num_layers)
+        num_cosines = len(layers) * batch.num_loss_tokens  # of the global batch
+        scale = weight * data_parallel_size() / num_cosines  # megatron divides by the ranks
+        drawn = states.Attraction(self.model.llm, layers, scale=scale)
+        unread = self._microbatches(read)
+        if pipeline.num_stages() > 1:
+            for part in unread:
+                with self.at_start(), drawn.keep(part.response_mask.to(device())):
+                    self._schedule(self.model, part, None, _nothing, forward_only=True)
+
+        def ahead(part: RolloutBatch) -> RolloutBatch:
+            if pipeline.num_stages() == 1:
+                with self.at_start(), drawn.keep(part.response_mask.to(device())):
+                    _forward_step(unread, self.model, judge=_nothing, speech=None)
+            drawn.begin()
+            return part
+
+        with drawn.draw():
+            metrics = self._learn(batch, objective, ahead=ahead)
+        total = pipeline.sum_over_stages(data_parallel_sum(drawn.total))
+        cosine = float(total) / num_cosines
+        return metrics | {"loss/representation": weight * (1 - cosine), "representation/cosine": cosine}
+
+    def _learn(self, batch: RolloutBatch, objective: Objective, *, ahead: Callable | None) -> Metrics:
         # megatron divides by both; our loss has the global count already
         scale = len(list(self._microbatches(batch))) * data_parallel_size()
         self.model.llm.train()
         speech, judge = self._shared_speech(batch.prompts), partial(_loss, objective=objective, scale=scale)
-        outputs = self._schedule(self._ddp, batch, speech, judge, forward_only=False)
+        outputs = self._schedule(self._ddp, batch, speech, judge, forward_only=False, ahead=ahead)
         self.model.llm.eval()
         metrics = {}
         if pipeline.is_last_stage():
@@ -226,14 +268,17 @@ class MegatronPolicy:
 
     def _schedule(
         self, model: nn.Module, batch: RolloutBatch, speech: EncodedSpeech | None, judge: Callable, *,
-        forward_only: bool,
+        forward_only: bool, ahead: Callable[[RolloutBatch], RolloutBatch] | None = None,
     ) -> list:  # fmt: skip
-        """Every microbatch through all stages, forward and back: what ``judge`` made of the logits, on the last one."""
+        """Every microbatch through all stages, forward and back: what ``judge`` made of the logits, on the last one.
+
+        ``ahead`` is called with each just before its forward pass.
+        """
         parts = list(self._microbatches(batch))
         with cpu.redirect_cuda():
             return get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, judge=judge, speech=speech),
-                data_iterator=iter(parts),
+                data_iterator=iter(parts) if ahead is None else map(ahead, parts),
                 model=[model],
                 num_microbatches=len(parts),
                 seq_length=1,  # not read: stages tell each other their shapes
@@ -294,7 +339,7 @@ def _nothing(logits: Tensor, *, part: RolloutBatch, non_loss_data: bool) -> None
 
 def _loss(logits: Tensor, *, part: RolloutBatch, objective: Objective, scale: int):
     with cpu.plain_torch():
-        part = _to(part, logits.device)
+        part = move(part, logits.device)
         loss, metrics = objective(_token_logprobs(logits, part, topk=objective.teacher_topk > 0), part)
         return loss * scale, metrics
 
@@ -307,17 +352,6 @@ def _token_logprobs(logits: Tensor, part: RolloutBatch, *, topk: bool) -> Tensor
     values = picked.new_zeros(ids.shape)
     values[mask] = picked
     return values if topk else values[..., 0]
-
-
-def _to(part: RolloutBatch, device: torch.device) -> RolloutBatch:
-    if part.response_ids.device == device:
-        return part
-    tensors = {
-        field.name: getattr(part, field.name).to(device)
-        for field in dataclasses.fields(part)
-        if isinstance(getattr(part, field.name), Tensor)
-    }
-    return dataclasses.replace(part, **tensors)
 
 
 def _rows(speech: EncodedSpeech | None, rows: Tensor) -> EncodedSpeech | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reward for thinking alike: hidden states over an answer, the prompt heard, against those of a reader.
+"""Thinking alike, as a reward or as a loss: hidden states over an answer, the prompt heard, against a reader's.
 
     r = mean over layers l and tokens t of cos(h_l,t(answer | speech; today's weights), h_l,t(answer | words; start))
 
@@ -9,6 +9,10 @@ weight of the task's own. Here both passes are over the same answer, so every to
 to know what is correct; and the reader is the start model, which does not move towards the listener. Whether an answer
 is any good is not asked: this is a reward beside others. It differs little between answers, so that an advantage that
 divides by the standard deviation makes much of it where all other rewards of a group are equal.
+
+As a loss, weight * (1 - r), it has a gradient of its own, through the student's pass over the speech; the reader's
+states are constants. That works on every answer that is learned from, the teacher's too, and beside every loss. There
+r is the mean over all tokens of a batch, not first over those of an answer.
 """
 
 import dataclasses
@@ -22,7 +26,7 @@ from nemo_rba.algorithms.collate import prompt_index
 from nemo_rba.algorithms.rollout import Answers
 from nemo_rba.functional import pad_sequences
 from nemo_rba.modules.states import chosen_layers
-from nemo_rba.protocols import AdvantageEstimator, Objective, Policy, PromptEncoder, RolloutSource
+from nemo_rba.protocols import AdvantageEstimator, Metrics, Objective, Policy, PromptEncoder, RolloutSource
 from nemo_rba.types import RolloutBatch, SpeechBatch
 
 NAME = "representation"
@@ -92,6 +96,37 @@ class RepresentationReward:
         return dataclasses.replace(
             answers, rewards=answers.rewards + self.weight * agreement, parts=answers.parts | {NAME: agreement}
         )
+
+
+class RepresentationLoss:
+    """Agreement of hidden states as one more term of the loss, on the answers that the objective learns from.
+
+    It costs a forward pass a minibatch, without gradient, and memory for the compared states, see
+    ``modules.states.Attraction``. Told as ``loss/representation`` and ``representation/cosine``.
+
+    Args:
+        weight: of this term, above 0.
+        layers: numbers from 1; [] for all.
+    """
+
+    def __init__(self, *, weight: float, layers: Sequence[int]):
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"weight must be finite and above 0, got {weight}: change representation.weight, or set "
+                "representation=null"
+            )
+        self.weight, self.layers = weight, tuple(layers)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Refuse, with a ``ValueError``, layers that a model of ``num_layers`` does not have."""
+        chosen_layers(self.layers, num_layers)
+
+    def __call__(self, policy: Policy, batch: RolloutBatch, objective: Objective, prompt: PromptEncoder) -> Metrics:
+        """``policy.forward_backward`` with this term; ``prompt`` types what was said. Collective."""
+        from nemo_rba.data.prompt import typed_batch  # see above
+
+        read = typed_batch(batch.prompts, prompt)
+        return policy.forward_backward(batch, objective, read=read, layers=self.layers, weight=self.weight)
 
 
 def _judged(batch: SpeechBatch, answers: Answers) -> RolloutBatch:

@@ -50,6 +50,23 @@ def cluster_environment() -> ClusterEnvironment:
     return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else LightningEnvironment()
 
 
+def rank_without_groups() -> int:
+    """This process among those of a job that share a disk and nothing else; also chooses its GPU.
+
+    torchrun's or srun's rank; in a SLURM array the tasks count on from each other, so an array of 4 with 8 processes
+    each has the ranks 0 to 31. 0 where nobody else was started.
+    """
+    environment = cluster_environment()
+    alone = isinstance(environment, LightningEnvironment)
+    rank, size = (0, 1) if alone else (environment.global_rank(), environment.world_size())
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        task = int(os.environ["SLURM_ARRAY_TASK_ID"]) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
+        rank += task // int(os.environ.get("SLURM_ARRAY_TASK_STEP", 1)) * size
+    if torch.cuda.is_available() and not alone:
+        torch.cuda.set_device(environment.local_rank())
+    return rank
+
+
 def _check_world(environment: ClusterEnvironment, devices: int, num_nodes: int) -> None:
     started = environment.world_size() if not isinstance(environment, LightningEnvironment) else devices * num_nodes
     if started != devices * num_nodes:

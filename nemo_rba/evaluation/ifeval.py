@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
 
-from nemo_rba.evaluation.measures import Statistics
+from nemo_rba.evaluation.measures import MEAN_OF, Statistics
 from nemo_rba.evaluation.tasks import MeasuredTask
 from nemo_rba.functional import typed
 from nemo_rba.types import Instruction, SpeechBatch
@@ -21,6 +21,7 @@ from nemo_rba.types import Instruction, SpeechBatch
 LEVELS = ("prompt", "instruction")
 CRITERIA = ("strict", "loose")
 PACKAGES = ("lm_eval", "langdetect", "immutabledict", "nltk")
+VOICEBENCH = f"{MEAN_OF}all four|as:VoiceBench"
 SENTENCE_MODEL = "tokenizers/punkt_tab/english/"
 
 
@@ -29,7 +30,7 @@ class IFEvalTask(MeasuredTask):
 
     ``instruction.extra`` holds ``instruction_id_list`` and ``kwargs`` as google/IFEval and VoiceBench publish them.
     Each level is measured strictly and loosely: the latter forgives Markdown's asterisks and a first or last line, such
-    as "Sure, here it is:". All four are reported; VoiceBench's one number is their mean.
+    as "Sure, here it is:". All four are reported, and VoiceBench's one number, which is their mean.
 
     The verifiers draw a number where a constraint lacks one, or its letter is none (published items ask for "#"), and
     langdetect guesses by drawing: both are seeded here, so that an answer keeps its score.
@@ -81,7 +82,8 @@ class IFEvalTask(MeasuredTask):
                 ) from error
             found[f"prompt, {criterion}"] = [100.0 * all(kept), 1.0]
             found[f"instruction, {criterion}"] = [100.0 * sum(kept), float(len(kept))]
-        return {name: found[name] for name in self._names}
+        all_four = [number for name in sorted(found) for number in found[name]]
+        return {name: found[name] for name in self._names} | {VOICEBENCH: all_four}
 
     def _example(self, instruction: Instruction):
         """The item as lm_eval takes it."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of everything that was read off the same answers: BLEU, chrF and TER, strict and loose, and how."""
+"""Tables of everything that was read off the same answers: BLEU, chrF and TER, strict and loose, and how; and of what
+was paid for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from nemo_rba.evaluation.document import Block, Bullets, Heading, Strong, Table
+from nemo_rba.evaluation.document import Block, Bullets, Heading, Paragraph, Strong, Table
 from nemo_rba.evaluation.modality import number
 from nemo_rba.evaluation.results import Condition, Roles
 
@@ -30,6 +31,31 @@ def quantity_blocks(conditions: Sequence[Condition], roles: Roles) -> list[Block
         if condition.signatures:
             blocks.append(Bullets([f"{name}: {how}" for name, how in condition.signatures.items()]))
     return blocks
+
+
+def account_blocks(accounts: Mapping[str, Mapping[str, float]]) -> list[Block]:
+    """What scoring each condition has cost: votes of a judge, tokens; nothing where nothing was counted.
+
+    Args:
+        accounts: condition -> what was counted -> how much.
+    """
+    counted = list(dict.fromkeys(what for account in accounts.values() for what in account))
+    if not counted:
+        return []
+    rows = [
+        [name, *(_amount(account[what]) if what in account else "–" for what in counted)]
+        for name, account in accounts.items()
+        if account
+    ]
+    return [
+        Heading("What scoring has cost, in this run"),
+        Paragraph("What a file had kept from earlier runs was paid for then."),
+        Table(["condition", *counted], rows),
+    ]
+
+
+def _amount(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _best(name: str, scores: dict, roles: Roles) -> str | None:

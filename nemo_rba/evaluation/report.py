@@ -17,7 +17,7 @@ from nemo_rba.evaluation import plots
 from nemo_rba.evaluation.conditions import HeldOut
 from nemo_rba.evaluation.document import Block, Bullets, Figure, Heading, Link, Paragraph, Strong, Table, write_document
 from nemo_rba.evaluation.modality import number, reading_blocks, robustness_blocks
-from nemo_rba.evaluation.quantities import quantity_blocks
+from nemo_rba.evaluation.quantities import account_blocks, quantity_blocks
 from nemo_rba.evaluation.results import Condition, Roles, Slice, summarise
 from nemo_rba.evaluation.runner import Prediction
 from nemo_rba.evaluation.statistics import Interval
@@ -40,6 +40,7 @@ def write_report(
     seed: int,
     identity: Mapping[str, str] | None = None,
     samples_page: str | None = None,
+    accounts: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict:
     """Write the report into ``folder`` and return what stands in ``results.json``.
 
@@ -55,6 +56,7 @@ def write_report(
         num_draws, seed: of the bootstrap and of the choice of samples.
         identity: where the numbers come from, for ``results.json``: models, data, seeds, decoding, version.
         samples_page: file beside the report that has every item, see ``browser.py``; None for none.
+        accounts: condition -> what its scores have cost in this run, see ``rewards.judge.Accounted``; None for nothing.
     """
     conditions = summarise(predictions, roles, num_draws=num_draws, seed=seed)
     read = [condition for condition in conditions if condition.name in held_out and held_out[condition.name].typed]
@@ -70,7 +72,7 @@ def write_report(
         "roles": asdict(roles),
         "conditions": [asdict(condition) for condition in conditions],
         "budget": budget,
-    }
+    } | ({"accounts": accounts} if accounts else {})
     blocks = [
         *(Paragraph(sentence, is_lead=True) for sentence in headline),
         *((*_systems(compared, roles), *_gap(compared, roles, budget), *_parts(compared, roles)) if compared else ()),
@@ -78,6 +80,7 @@ def write_report(
         *reading_blocks(read, predictions, roles, num_draws=num_draws, seed=seed),
         *robustness_blocks(varied, held_out, roles),
         *_recognition(conditions, roles),
+        *account_blocks(accounts or {}),
         *_curves(curves, roles),
         *(_samples(compared[0], predictions, roles, num_samples, seed) if compared else ()),
         *([Link("All items, to search, compare and hear", samples_page)] if samples_page else []),

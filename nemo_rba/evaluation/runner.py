@@ -6,6 +6,8 @@ written batch by batch, so an interrupted run goes on where it stopped; a line c
 Scores in the file are for people: they are computed anew on every run, so a corrected verifier needs no new answers.
 
 The file knows a system by its name and decoding, not by its weights: give a new checkpoint a new name or output folder.
+``rescore`` needs neither system nor sound: it scores what is there.
+
 With several ranks all call ``run`` and all get all predictions. Each data-parallel rank asks its share of the items and
 writes a file of its own (``<system>.rank-<r>.jsonl`` from the second on); all read all files, so a run may go on with
 another number of ranks.
@@ -161,6 +163,47 @@ def run(system: System, task: ItemTask, output: str | Path) -> list[Prediction]:
     return list(predictions.values())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedAnswers:
+    """What ``run`` has kept of one system on one task."""
+
+    path: Path
+    decoding: Mapping[str, object]  # {} where nothing was kept
+    predictions: Mapping[str, Prediction]  # id -> prediction, scored as it was then
+
+
+def read_answers(system: str, task: str, output: str | Path) -> SavedAnswers:
+    """The answers of one system to one task, of all ranks; without any where there is no file.
+
+    Raises:
+        ValueError: a file is of another system or task, or ranks decoded differently.
+    """
+    folder, name = Path(output) / _file_name(task, "task"), _file_name(system, "system")
+    found, decoding = {}, {}
+    for path in (folder / f"{name}.jsonl", *sorted(folder.glob(f"{name}.rank-*.jsonl"))):
+        header, predictions = _PredictionLog.content(path)
+        if header is None:
+            continue
+        owner = {"system": system, "task": task, "decoding": decoding or header["decoding"]}
+        if {key: header[key] for key in owner} != owner:
+            raise ValueError(f"{path} belongs to {header}, expected {owner}: name the folder that the answers are in")
+        decoding = header["decoding"]
+        found |= {prediction.id: prediction for prediction in predictions}
+    return SavedAnswers(path=folder / f"{name}.jsonl", decoding=decoding, predictions=found)
+
+
+def rescore(saved: SavedAnswers, task: ItemTask, items: Sequence[Instruction]) -> list[Prediction]:
+    """What ``run`` would return for these items, all of which were answered: nobody is asked, except a judge.
+
+    Raises:
+        ValueError: an item has changed since.
+    """
+    if isinstance(task, Batched):
+        task.prepare([(item, saved.predictions[item.id].response) for item in items])
+    scored = (_scored(saved.predictions[item.id], task, item, saved.path) for item in items)
+    return [replace(prediction, measure=task.measure) for prediction in scored]
+
+
 def _answers(system: System, task: ItemTask, log: "_PredictionLog", answered: dict[str, Prediction]) -> list:
     """This rank's predictions, in its order; what is new is written as it comes."""
     predictions = []
@@ -188,15 +231,20 @@ class _PredictionLog:
 
     def read(self) -> list[Prediction]:
         """Predictions already there; nothing if the file does not exist or not even its header was finished."""
-        lines = self._whole_lines()
-        if not lines:
-            return []
-        found = json.loads(lines[0])
-        if found != self.header:
+        found, predictions = self.content(self.path)
+        if found is not None and found != self.header:
             raise ValueError(
                 f"{self.path} belongs to {found}, expected {self.header}: use a new output folder, or delete the file"
             )
-        return [Prediction(**json.loads(line)) for line in lines[1:]]
+        return predictions
+
+    @classmethod
+    def content(cls, path: Path) -> tuple[dict | None, list[Prediction]]:
+        """Header and predictions of a file; no header if it does not exist or not even that was finished."""
+        lines = cls._whole_lines(path)
+        if not lines:
+            return None, []
+        return json.loads(lines[0]), [Prediction(**json.loads(line)) for line in lines[1:]]
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         if not self.is_open:
@@ -206,15 +254,16 @@ class _PredictionLog:
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self._whole_lines() or [_line(self.header)]
+        whole = self._whole_lines(self.path) or [_line(self.header)]
         with self.path.open("wb") as file:  # without a line that an interruption has cut off
             file.writelines(whole)
         self.is_open = True
 
-    def _whole_lines(self) -> list[bytes]:
-        if not self.path.exists():
+    @staticmethod
+    def _whole_lines(path: Path) -> list[bytes]:
+        if not path.exists():
             return []
-        return [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def _predict(system: System, task: ItemTask, batch: SpeechBatch) -> Iterator[Prediction]:

@@ -11,12 +11,21 @@ earns.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 LEVEL = 0.95
 
 CorpusScore = Callable[[np.ndarray], np.ndarray]  # sums (D, S) of D resamples -> their scores (D,)
+
+
+@runtime_checkable
+class ScoreOfItems(Protocol):
+    """In the place of a ``CorpusScore``, a score that is no function of sums: every resample is looked at anew."""
+
+    def of_items(self, items: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Items (I, S) and how often each of D resamples has them, (D, I) -> the resamples' scores (D,)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +36,7 @@ class Interval:
     low: float
     high: float
     undefined: float = 0.0  # share of resamples in which it was not defined, left out of the interval
-    p_value: float | None = None  # of a difference only: two-sided, see ``randomisation_test``
+    p_value: float | None = None  # of a difference only: two-sided, see ``Bootstrap.difference``
 
     @property
     def is_defined(self) -> bool:
@@ -51,10 +60,12 @@ class Bootstrap:
         num_items: I.
         num_draws: resamples; 2000 are plenty for two digits.
         seed: of the resamples.
-        corpus_score: makes a score of summed results.
+        corpus_score: makes a score of summed results, or of items.
     """
 
-    def __init__(self, *, num_items: int, num_draws: int, seed: int, corpus_score: CorpusScore = ratio_of_sums):
+    def __init__(
+        self, *, num_items: int, num_draws: int, seed: int, corpus_score: CorpusScore | ScoreOfItems = ratio_of_sums
+    ):
         if num_items < 1 or num_draws < 1:
             raise ValueError(
                 f"a bootstrap needs items and draws, got num_items {num_items} and num_draws {num_draws}: is the "
@@ -65,9 +76,12 @@ class Bootstrap:
         self._counts = np.vstack([np.ones(num_items), counts])  # (1 + D, I): row 0 is the sample itself
         self._corpus_score = corpus_score
         self._seed = seed
+        self._known: dict[bytes, np.ndarray] = {}  # of a score of items, which takes its time
 
     def value(self, items: np.ndarray) -> float:
         """Score of ``items`` (I, S) as they are, without an interval."""
+        if isinstance(self._corpus_score, ScoreOfItems):
+            return float(self._corpus_score.of_items(items, self._counts[:1])[0])
         return float(self._corpus_score(items.sum(0, keepdims=True))[0])
 
     def score(self, items: np.ndarray) -> Interval:
@@ -75,9 +89,12 @@ class Bootstrap:
         return _interval(self._scores(items))
 
     def difference(self, items: np.ndarray, other: np.ndarray) -> Interval:
-        """Score of ``items`` minus score of ``other``, paired, with its ``p_value``."""
+        """Score of ``items`` minus score of ``other``, paired, with its ``p_value``, see ``randomisation_test``.
+
+        A score of items has no p-value: each exchange is a set of its own, whose score has nothing to start from.
+        """
         interval = _interval(self._scores(items) - self._scores(other))
-        if not interval.is_defined:
+        if not interval.is_defined or isinstance(self._corpus_score, ScoreOfItems):
             return interval
         p_value = randomisation_test(
             items, other, num_draws=len(self._counts) - 1, seed=self._seed, corpus_score=self._corpus_score
@@ -100,7 +117,16 @@ class Bootstrap:
                 f"items have shape {items.shape}, expected ({num_items}, {items.shape[-1]}), or that of several "
                 "seeds: paired systems"
             )
-        return np.mean([self._corpus_score(self._counts @ seed) for seed in _seeds(items)], axis=0)
+        return np.mean([self._scores_of_seed(seed) for seed in _seeds(items)], axis=0)
+
+    def _scores_of_seed(self, items: np.ndarray) -> np.ndarray:
+        """(I, S) -> (1 + D,)."""
+        if not isinstance(self._corpus_score, ScoreOfItems):
+            return self._corpus_score(self._counts @ items)
+        key = items.tobytes()
+        if key not in self._known:
+            self._known[key] = self._corpus_score.of_items(items, self._counts)
+        return self._known[key]
 
 
 def randomisation_test(

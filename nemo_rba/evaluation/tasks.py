@@ -5,7 +5,8 @@ A measure is a function of sums over items, mostly the ratio of two: mean verifi
 items, word error rate = sum of errors / sum of reference words. So a task only says what an item adds to the sums, and
 totals, tables by family and bootstraps (``statistics.py``) follow. A ``SeveralMeasures`` task reads more than one
 number off the same answers, such as BLEU, chrF and TER, and says what an item adds to each (``measures.py``). All
-results are in percent. Other tasks: ``answers.py``, ``translation.py``, ``ifeval.py``.
+results are in percent. A task whose measure is paid for, such as a judge's, says what it has cost
+(``rewards.judge.Accounted``). Other tasks: ``answers.py``, ``translation.py``, ``ifeval.py``.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,8 +16,9 @@ import kaldialign
 import numpy as np
 import torch
 
-from nemo_rba.evaluation.measures import Statistics, corpus_score, item_share, short_name
+from nemo_rba.evaluation.measures import LENGTH_CONTROLLED, Statistics, item_share, set_score, short_name
 from nemo_rba.protocols import EvalTask, Metrics, RewardFunction
+from nemo_rba.rewards.judge import Accounted, baseline
 from nemo_rba.rewards.text import normalize
 from nemo_rba.types import Instruction, Rollout, SpeechBatch
 
@@ -78,8 +80,7 @@ class MeasuredTask:
         items = [self.statistics(rollout.instruction, rollout.response) for rollout in rollouts]
         scores = {}
         for name in items[0]:
-            sums = np.array([item[name] for item in items], dtype=float).sum(0)
-            scores[short_name(name)] = float(corpus_score(name)(sums[None])[0])
+            scores[short_name(name)] = set_score(name, np.array([item[name] for item in items], dtype=float))
         return {self.measure: next(iter(scores.values()))} | scores
 
 
@@ -129,6 +130,37 @@ class InstructionFollowingTask:
         return metrics
 
 
+class _Rewarded:
+    """Scores of a reward, asked for once for each answer, and what they have cost."""
+
+    def __init__(self, reward: RewardFunction, prices: Mapping[str, float] | None):
+        self._reward = reward
+        self._prices = dict(prices or {})
+        self._known: dict[tuple[str, str], float] = {}  # (id, answer) -> score
+
+    def prepare(self, answers: Sequence[tuple[Instruction, str]]) -> None:
+        if not answers:
+            return
+        scores = self._reward([as_rollout(instruction, response) for instruction, response in answers])
+        for (instruction, response), score in zip(answers, scores.tolist(), strict=True):
+            self._known[instruction.id, response] = score
+
+    def score(self, instruction: Instruction, response: str) -> float:
+        if (instruction.id, response) not in self._known:
+            self.prepare([(instruction, response)])
+        return self._known[instruction.id, response]
+
+    def account(self) -> dict[str, float]:
+        counted = self._reward.account() if isinstance(self._reward, Accounted) else {}
+        unknown = sorted(set(self._prices) - set(counted))
+        if unknown:
+            raise ValueError(
+                f"task.prices has {unknown}, but {', '.join(counted) or 'nothing'} is counted: change task.prices"
+            )
+        cost = sum(price * counted[what] for what, price in self._prices.items()) / 1e6
+        return counted | ({"cost": cost} if self._prices else {})
+
+
 class RewardTask:
     """Any reward in [0, 1] as a measure, in percent: one definition of "good" for training and for the report.
 
@@ -137,6 +169,8 @@ class RewardTask:
     Args:
         name, batches, kinds: as for ``InstructionFollowingTask``.
         reward: scores an answer; it sees the teacher's answer in ``rollout.instruction.response``.
+        prices: of a million of what the reward counts, e.g. {"prompt tokens": 2.5, "completion tokens": 10.0}, for
+            "cost" in its account; None for none.
     """
 
     measure = "score"
@@ -147,32 +181,75 @@ class RewardTask:
         name: str,
         batches: Callable[[], Iterable[SpeechBatch]],
         reward: RewardFunction,
+        prices: Mapping[str, float] | None,
         kinds: Mapping[str, str],
     ):
         self.name = name
         self.batches = batches
-        self.reward = reward
         self.kinds = dict(kinds)
-        self._known: dict[tuple[str, str], float] = {}  # (id, answer) -> score
+        self._rewarded = _Rewarded(reward, prices)
 
     def kind(self, instruction: Instruction) -> str:
         return _kind(self.kinds, instruction)
 
     def prepare(self, answers: Sequence[tuple[Instruction, str]]) -> None:
         """Score many answers in one call of the reward: a judge is then asked in parallel."""
-        if not answers:
-            return
-        scores = self.reward([as_rollout(instruction, response) for instruction, response in answers])
-        for (instruction, response), score in zip(answers, scores.tolist(), strict=True):
-            self._known[instruction.id, response] = score
+        self._rewarded.prepare(answers)
 
     def item(self, instruction: Instruction, response: str) -> tuple[float, float]:
-        if (instruction.id, response) not in self._known:
-            self.prepare([(instruction, response)])
-        return 100 * self._known[instruction.id, response], 1.0
+        return 100 * self._rewarded.score(instruction, response), 1.0
+
+    def account(self) -> dict[str, float]:
+        """What a judge was paid for; {} for a reward that counts nothing."""
+        return self._rewarded.account()
 
     def score(self, rollouts: Sequence[Rollout]) -> Metrics:
         return {"score": _corpus(self, rollouts)}
+
+
+class WinRateTask(MeasuredTask):
+    """Share of answers that are preferred to a baseline's, in percent, and the same with lengths controlled.
+
+    The latter is AlpacaEval 2's (arXiv 2404.04475), see ``length_control.py`` for what it leaves out; lengths are
+    characters. It is given for a whole set with its interval, but no p-value.
+
+    Args:
+        name, batches, kinds: as for ``InstructionFollowingTask``.
+        reward: preference for an answer in [0, 1], mostly ``rewards.judge.PairwiseJudgeReward``.
+        prices: as for ``RewardTask``.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        batches: Callable[[], Iterable[SpeechBatch]],
+        reward: RewardFunction,
+        prices: Mapping[str, float] | None,
+        kinds: Mapping[str, str],
+    ):
+        super().__init__(name=name, batches=batches, kinds=kinds)
+        self._rewarded = _Rewarded(reward, prices)
+
+    def prepare(self, answers: Sequence[tuple[Instruction, str]]) -> None:
+        """Compare many answers in one call of the reward."""
+        self._rewarded.prepare(answers)
+
+    def statistics(self, instruction: Instruction, response: str) -> Statistics:
+        preference = self._rewarded.score(instruction, response)
+        excess = float(len(response) - len(baseline(instruction)))
+        return {
+            "win rate": [100 * preference, 1.0],
+            f"{LENGTH_CONTROLLED}|glm:length_controlled_minimal": [preference, excess],
+        }
+
+    def account(self) -> dict[str, float]:
+        """What the judge was paid for."""
+        return self._rewarded.account()
+
+    def score(self, rollouts: Sequence[Rollout]) -> Metrics:
+        self.prepare([(rollout.instruction, rollout.response) for rollout in rollouts])
+        return super().score(rollouts)
 
 
 class TranscriptionTask(MeasuredTask):

@@ -4,7 +4,7 @@
 A filter has a ``name`` and ``reason(instruction) -> str | None`` (None = keep). Reasons name the rule and not the
 item, so that their counts mean something. Most filters look at the text, ``ResponseFilter`` at the answer. A filter
 that is faster over many items offers ``reasons(instructions)`` too. A filter that remembers (duplicates) is resumed by
-being shown the same items again in the same order, which ``instructions.TextStage`` does from the batches it has kept.
+being shown the same items again in the same order, which ``text.TextStage`` does from the batches it has kept.
 
 Here are the filters that look at one text by itself, and ``apply_filters``. Others: ``filters_content.py`` (markup,
 language, refusals), ``filters_quality.py`` (rewards, teacher's score), ``deduplicate.py`` (near duplicates,

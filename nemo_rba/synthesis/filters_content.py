@@ -8,8 +8,8 @@ narrower than those of ``filters.CharacterFilter`` and say what they found: with
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
+from nemo_rba.language import language_identifier, num_letter_bytes
 from nemo_rba.synthesis.filters import normalize_text
 from nemo_rba.types import Instruction
 
@@ -145,9 +145,13 @@ class LanguageFilter:
     def reason(self, instruction: Instruction) -> str | None:
         """See ``Filter``."""
         text = getattr(instruction, self._field)
-        if sum(len(character.encode()) for character in text if character.isalpha()) < self._min_bytes:
+        if num_letter_bytes(text) < self._min_bytes:
             return None
-        ranked = _identifier(self._candidates, tuple(sorted(self._languages))).rank(text)
+        identifier, known = language_identifier(self._candidates)
+        if not self._languages <= known:
+            raise ValueError(f"py3langid does not know {sorted(self._languages - known)}; expected codes such as en, "
+                             "de, zh in languages of LanguageFilter")  # fmt: skip
+        ranked = identifier.rank(text)
         if sum(float(p) for code, p in ranked if code in self._languages) >= self._min_probability:
             return None
         likeliest = ranked[0][0]
@@ -192,22 +196,3 @@ def check_field(field: str, owner: str) -> str:
 
 def _plain(text: str) -> str:
     return normalize_text(text.replace("’", "'"))  # teachers write both apostrophes
-
-
-@lru_cache(maxsize=8)
-def _identifier(candidates: tuple[str, ...], languages: tuple[str, ...]):
-    """py3langid's model, loaded once (seconds) and not at all where no text is judged."""
-    try:
-        from py3langid import langid
-    except ImportError as error:
-        raise ImportError("LanguageFilter needs py3langid (4.5 MB with its model): pip install py3langid") from error
-    kind = langid.LanguageIdentifier
-    load = getattr(kind, "from_model_file", None) or kind.from_pickled_model  # from 0.4; before
-    identifier = load(langid.MODEL_FILE, norm_probs=True)
-    unknown = sorted({*candidates, *languages} - {str(code) for code in identifier.nb_classes})
-    if unknown:
-        raise ValueError(f"LanguageFilter: py3langid does not know {unknown}; expected codes such as en, de, zh in "
-                         "languages and candidates")  # fmt: skip
-    if candidates:
-        identifier.set_languages(list(candidates))
-    return identifier

@@ -146,7 +146,7 @@ def _instruction_of(line: str, *, answered_only: bool) -> str | None:
         return None
     if not isinstance(row, dict):
         return None
-    if answered_only and not row.get("response"):
+    if answered_only and not (row.get("response") or row.get("responses")):
         return ""
     text = row.get("text", row.get("instruction"))
     return text if isinstance(text, str) and text.strip() else None

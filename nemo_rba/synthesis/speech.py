@@ -1,29 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions become clips: spoken, checked, augmented and written, one Shar shard at a time.
+"""Instructions become clips: spoken, checked, augmented and written, one Shar shard at a time, on any rank.
 
 A shard is made in a temporary folder and moved into place, then its report is written; a shard that has its report is
 not made again. Speakers and augmentations are drawn by the id of an instruction and the synthesizer speaks in calls of
-the same clips, so a resumed run gives what an uninterrupted one gives.
+the same clips, so a resumed run gives what an uninterrupted one gives, and many ranks what one gives.
 """
 
 import json
+import math
+import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from nemo.utils import logging
 from torch import Tensor
-from tqdm import tqdm
 
-from nemo_rba.manifest import ManifestWriter
+from nemo_rba.manifest import ManifestWriter, write_empty_shard
 from nemo_rba.protocols import TTS
 from nemo_rba.synthesis.augment import Augmentation, keyed_rng
-from nemo_rba.synthesis.instructions import write_text
+from nemo_rba.synthesis.files import write_text
+from nemo_rba.synthesis.orders import Closed, Place
 from nemo_rba.synthesis.quality import QualityControl, dropped_for
 from nemo_rba.types import Instruction, Utterance
 
-CLIPS_PER_CALL = 32  # clips synthesized between two movements of the progress bar
+CLIPS_PER_CALL = 32  # clips given to the synthesizer at once
+HISTOGRAMS = {"seconds": 0.5, "words spoken": 1, "words answered": 2}  # of clips, with the width of a bar
 
 
 class SpeechStage:
@@ -37,70 +41,73 @@ class SpeechStage:
         shard_size: clips per shard; what an interruption can cost.
         audio_format: ``flac`` or ``wav``.
         seed: with an instruction's id it decides the speaker.
+        scratch: folder on the same disk for shards that are not finished; made when needed.
+        has_ended: asked before every call of the synthesizer; True breaks the shard off.
     """
 
     def __init__(self, *, output: Path, teacher_name: str, quality: QualityControl | None, max_duration_seconds: float,
-                 shard_size: int, audio_format: str, seed: int):  # fmt: skip
+                 shard_size: int, audio_format: str, seed: int, scratch: Path,
+                 has_ended: Callable[[], bool]):  # fmt: skip
         self._output, self._teacher_name, self._quality, self._seed = output, teacher_name, quality, seed
-        self._max_duration, self._shard_size, self._audio_format = max_duration_seconds, shard_size, audio_format
+        self._max_duration, self._audio_format = max_duration_seconds, audio_format
+        self._scratch, self._has_ended, self.shard_size = scratch, has_ended, shard_size
 
-    def run(
-        self, items: Sequence[Instruction], *, split: str, tts: TTS, augment: Augmentation | None
-    ) -> Iterator[dict]:
-        """Write the missing shards of a split; yields the report of each shard, as soon as it is there.
-
-        A report holds the numbers of ``items`` and ``clips``, the ``seconds``, clips by ``speakers`` and by ``tasks``,
-        what was ``dropped`` (id, text, reason) and, where clips are checked, ``quality``: what the checks found.
+    def report(self, split: str, shard: int, num_items: int) -> dict | None:
+        """What a finished shard of so many items holds: the numbers of ``items`` and ``clips``, the ``seconds``, clips
+        by ``speakers`` and by ``tasks``, ``histograms``, what was ``dropped`` (id, text, reason) and, where clips are
+        checked, ``quality``: what the checks found. None if it is not there, or was made of fewer items: a last shard
+        may have grown, by allow_fewer.
         """
-        (self._output / "speech").mkdir(exist_ok=True)
-        first = 0  # number of the next shard's files: those of a shard without clips do not exist
-        with tqdm(total=len(items), desc=f"speech {split}", unit="clip") as progress:
-            for shard, start in enumerate(range(0, len(items), self._shard_size)):
-                done = self._output / "speech" / f"{split}.{shard:06d}.json"
-                batch = items[start : start + self._shard_size]
-                report = json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
-                if report is None or report["items"] != len(batch):  # a last shard may have grown, by allow_fewer
-                    report = self._write_shard(batch, split, first, tts, augment, progress)
-                    write_text(done, json.dumps(report, ensure_ascii=False) + "\n")
-                else:
-                    progress.update(len(batch))
-                first += report["clips"] > 0
-                yield report
+        path = self._report_path(split, shard)
+        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return report if report is not None and report["items"] == num_items else None
 
-    def _write_shard(self, items: Sequence[Instruction], split: str, number: int, tts: TTS,
-                     augment: Augmentation | None, progress: tqdm) -> dict:  # fmt: skip
-        """Synthesize one shard in a temporary folder and move it into place; returns its report."""
-        temporary, folder = self._output / f".{split}.tmp", self._output / split
+    def finished(self) -> set[tuple[str, int]]:
+        """(split, shard) of all that have a report."""
+        names = (path.stem.rpartition(".") for path in (self._output / "speech").glob("*.json"))
+        return {(split, int(shard)) for split, _, shard in names}
+
+    def make(self, items: Sequence[Instruction], *, split: str, shard: int, tts: TTS,
+             augment: Augmentation | None) -> Place:  # fmt: skip
+        """Make one shard in a temporary folder; what is returned moves it into place, the report last.
+
+        Raises:
+            Closed: the job has ended meanwhile.
+        """
+        temporary = self._scratch / f"{split}.{shard:06d}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        report = {
-            "items": len(items),
-            "seconds": 0.0,
-            "clips": 0,
-            "speakers": Counter(),
-            "tasks": Counter(),
-            "dropped": [],
-        }
+        report = {"items": len(items), "seconds": 0.0, "clips": 0, "speakers": Counter(), "tasks": Counter(),
+                  "histograms": {name: Counter() for name in HISTOGRAMS}, "dropped": []}  # fmt: skip
         if self._quality is not None:
             report["quality"] = []
-        with ManifestWriter(folder=temporary, shard_size=self._shard_size, audio_format=self._audio_format,
-                            teacher=self._teacher_name, first_shard=number) as writer:  # fmt: skip
+        with ManifestWriter(folder=temporary, shard_size=self.shard_size, audio_format=self._audio_format,
+                            teacher=self._teacher_name, first_shard=shard) as writer:  # fmt: skip
             for start in range(0, len(items), CLIPS_PER_CALL):
+                if self._has_ended():
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    raise Closed
                 batch = items[start : start + CLIPS_PER_CALL]
                 for item, clip in zip(batch, self._utter(batch, tts, augment, report), strict=True):
                     if isinstance(clip, str):
                         report["dropped"].append({"id": item.id, "text": item.text, "reason": clip})
-                        continue
-                    writer.write(clip)
-                    report["clips"] += 1
-                    report["seconds"] += len(clip.audio) / clip.sampling_rate
-                    report["speakers"][clip.speaker] += 1
-                    report["tasks"][item.task] += 1
-                progress.update(len(batch))
+                    else:
+                        writer.write(clip)
+                        _count(clip, report)
+        if report["clips"] == 0:  # so that a shard's number is its place
+            write_empty_shard(temporary, shard)
+        return partial(self._place, temporary, report, split, shard)
+
+    def _place(self, temporary: Path, report: dict, split: str, shard: int) -> None:
+        folder = self._output / split
+        folder.mkdir(exist_ok=True)
         for path in sorted(temporary.iterdir(), reverse=True):  # recordings before cuts
             path.replace(folder / path.name)
         temporary.rmdir()
-        return report
+        self._report_path(split, shard).parent.mkdir(exist_ok=True)
+        write_text(self._report_path(split, shard), json.dumps(report, ensure_ascii=False) + "\n")
+
+    def _report_path(self, split: str, shard: int) -> Path:
+        return self._output / "speech" / f"{split}.{shard:06d}.json"
 
     def _utter(
         self, items: Sequence[Instruction], tts: TTS, augment: Augmentation | None, report: dict
@@ -141,6 +148,18 @@ class SpeechStage:
     def _draw_speaker(self, tts: TTS, item: Instruction) -> str:
         rng = keyed_rng(self._seed, f"speaker/{item.id}")
         return tts.speakers[int(rng.integers(len(tts.speakers)))]
+
+
+def _count(clip: Utterance, report: dict) -> None:
+    """Add a clip to its shard's report."""
+    seconds, instruction = len(clip.audio) / clip.sampling_rate, clip.instruction
+    report["clips"] += 1
+    report["seconds"] += seconds
+    report["speakers"][clip.speaker] += 1
+    report["tasks"][instruction.task] += 1
+    values = (seconds, len(instruction.text.split()), len(instruction.response.split()))
+    for (name, width), value in zip(HISTOGRAMS.items(), values, strict=True):
+        report["histograms"][name][math.floor(value / width) * width] += 1
 
 
 def _synthesize(tts: TTS, items: Sequence[Instruction], speakers: Sequence[str]) -> list[Tensor | ValueError]:

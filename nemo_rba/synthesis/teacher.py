@@ -25,7 +25,7 @@ class HFTeacher:
     Args:
         path: folder with config.json, weights (safetensors), tokenizer and chat template.
         batch_size: prompts per forward pass.
-        device: ``cpu``, ``cuda``, ``cuda:1``.
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` spreads the layers over all GPUs that the process sees.
         dtype: ``float32``, ``bfloat16`` or ``float16``; log-probabilities are float32 in any case.
 
     Raises:
@@ -39,15 +39,19 @@ class HFTeacher:
             raise ValueError(f"teacher.batch_size is {batch_size}; expected at least 1")
         if dtype not in DTYPES:
             raise ValueError(f"teacher.dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-        self._check_folder(Path(path))
         self._batch_size, self._device = batch_size, device
+        self._check_folder(Path(path))
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         if not self._tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer in {path} (teacher.path) has no chat template, so this is a base model; choose an "
                 "instruction-tuned one, or put its chat_template.jinja into the folder"
             )
-        self._model = self._load_model(Path(path), DTYPES[dtype]).to(device).eval()
+        self._model = self._load_model(Path(path), DTYPES[dtype]).eval()
+        if device == "auto":
+            self._device = self._model.get_input_embeddings().weight.device
+        else:
+            self._model.to(device)
         self._user_end = _end_of_turn(self._tokenizer, "user")
         self._stop_ids = self._find_stop_ids()
 
@@ -55,7 +59,7 @@ class HFTeacher:
         _check_hf_folder(path)
 
     def _load_model(self, path: Path, dtype: torch.dtype) -> torch.nn.Module:
-        return _load_hf_model(str(path), dtype)
+        return _load_hf_model(str(path), dtype, device_map="auto" if self._device == "auto" else None)
 
     def render(self, messages: Sequence[dict[str, str]], *, open_turn: str) -> str:
         """Chat text of ``messages`` with the turn of role ``open_turn`` (``user`` or ``assistant``) left open."""
@@ -286,14 +290,14 @@ def _check_hf_folder(path: Path) -> None:
         raise ValueError(f"no weights in {path} (teacher.path): *.safetensors is missing; download the whole model")
 
 
-def _load_hf_model(path: str, dtype: torch.dtype):
+def _load_hf_model(path: str, dtype: torch.dtype, *, device_map: str | None):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from nemo_rba.conversion.families import with_rope
 
     config = with_rope(AutoConfig.from_pretrained(path, local_files_only=True))
     model, info = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, device_map=device_map
     )
     missing = sorted(info["missing_keys"])
     if missing:

@@ -21,7 +21,8 @@ _LONGEST_WAIT_SECONDS = 60.0
 class OpenAITeacher:
     """Offers ``protocols.Teacher``, not likelihoods. Repeatable only as far as the server honours ``seed``.
 
-    ``usage`` counts requests, tokens as the server counts them, and answers that came from ``memory``.
+    ``usage`` counts requests, tokens as the server counts them (``prompt_tokens``, ``completion_tokens``), replies in
+    which it did not (``untold``), and answers that came from ``memory`` (``remembered``).
 
     Args:
         base_url: up to and with ``/v1``.
@@ -71,6 +72,12 @@ class OpenAITeacher:
         with ThreadPoolExecutor(self._num_parallel) as pool:
             return list(pool.map(lambda i: self._complete(prompts[i], params, i), range(len(prompts))))
 
+    def account(self) -> dict[str, float]:
+        """What was asked and paid for in this process."""
+        names = {"requests": "requests", "remembered": "replies remembered", "prompt_tokens": "prompt tokens",
+                 "completion_tokens": "completion tokens", "untold": "replies without token counts"}  # fmt: skip
+        return {label: self.usage[name] for name, label in names.items()}
+
     def _complete(self, prompt: str, params: SamplingParams, index: int) -> str:
         body = {
             "model": self._model,
@@ -105,7 +112,8 @@ class OpenAITeacher:
                 )
                 if reply.ok:
                     content = reply.json()
-                    self._count(content.get("usage") or {})
+                    usage = content.get("usage")
+                    self._count(usage if isinstance(usage, dict) else {"untold": method == "POST"})
                     return read(content)
             except (requests.RequestException, LookupError, TypeError, AttributeError) as error:  # away, or nonsense
                 problem, wait = f"{type(error).__name__}: {error}", 0.0
@@ -118,7 +126,7 @@ class OpenAITeacher:
 
     def _count(self, amounts: dict) -> None:
         with self._counting:
-            self.usage.update({name: n for name, n in amounts.items() if isinstance(n, int)})
+            self.usage.update({name: int(n) for name, n in amounts.items() if isinstance(n, int) and n})
 
 
 def _read_choice(reply: dict) -> str:

@@ -18,13 +18,17 @@ class SALMTeacher(HFTeacher):
 
     Args:
         path: the SALM folder, ``model.folder`` of the student.
-        batch_size, device, dtype: as for ``HFTeacher``.
+        batch_size, device, dtype: as for ``HFTeacher``, but the device is one.
 
     Raises:
         ValueError: as ``HFTeacher``, or not a SALM folder.
     """
 
     def _check_folder(self, path: Path) -> None:
+        if self._device == "auto":
+            raise ValueError(
+                "teacher.device is 'auto', but the student's own LLM is not spread; give cpu, cuda or cuda:1"
+            )
         self._salm = open_salm(path)
 
     def _load_model(self, path: Path, dtype: torch.dtype) -> torch.nn.Module:

@@ -42,6 +42,7 @@ RESPONSES = ["paris", "hello again", "a b c", "one two", "red"]
 GROUP_SIZE = 4
 LEARNING_RATE = 1e-2
 AGREEING_LAYERS = {"all": [], "first": [1], "last": [2]}  # of two; the first and the second stage's
+ATTRACTION = 3.0  # weight of the loss on states
 # case: family, what is frozen
 CASES = {"llama": ("llama", "encoder"), "qwen3": ("qwen3", "encoder"), "speech_only": ("llama", "llm")}
 FROZEN = {"encoder": ["^perception\\.(preprocessor|encoder)"], "llm": ["^llm\\."]}
@@ -109,7 +110,10 @@ def answers(rollouts) -> dict:
 
 
 def measure(folder: Path, layout: str, case: str) -> dict:
-    """A distillation step, greedy and seeded answers, a policy-gradient step with a KL term, agreement of states."""
+    """A distillation step, greedy and seeded answers, a policy-gradient step with a KL term, agreement of states.
+
+    At last a loss on states beside the policy gradient, with weights that are no longer the start model's.
+    """
     policy = make_policy(folder, layout, case)
     rows = torch.arange(len(SECONDS))[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
     batch = select_prompts(make_batch(policy.model.prompt, SECONDS, CONTEXTS, RESPONSES), rows)
@@ -132,6 +136,10 @@ def measure(folder: Path, layout: str, case: str) -> dict:
     (heard,) = collate(batch, sampled, advantages, policy=policy, objective=objective, teacher=None, num_minibatches=1)
     read = dataclasses.replace(heard, prompts=typed_batch(batch, policy.model.prompt))
     result["agreement"] = {name: policy.agreement(heard, read, layers) for name, layers in AGREEING_LAYERS.items()}
+    for name, layers in AGREEING_LAYERS.items():
+        policy._zero_grad()
+        metrics = policy.forward_backward(heard, objective, read=read.prompts, layers=layers, weight=ATTRACTION)
+        result["attraction", name] = {"metrics": metrics, "gradients": whole(policy.model, lambda p: p.main_grad)}
     return result
 
 

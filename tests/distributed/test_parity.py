@@ -7,7 +7,7 @@ them add up, in another order under every layout:
     1e-5   log-probabilities of the same weights; metrics
     1e-5   gradients, times the gradient norm where that is above 1: they are compared before clipping
     2e-6   updated weights: AdamW divides the gradient by its own size, so its error does not grow with it
-    5e-5   log-probabilities after an update, whose weights differ by the above
+    5e-5   log-probabilities after an update, whose weights differ by the above; what a loss on states gives then
 
 The qwen3 case recomputes activations under every layout but the first; llama under dp2 has a distributed optimizer.
 Tokens are compared exactly: a seeded sample changes only where a uniform number falls within 1e-6 of a token's edge.
@@ -112,9 +112,30 @@ def test_hidden_states_agree_as_much_on_every_rank(one, measured, layout, case):
     assert values["all"].std() > 1e-3
 
 
+@pytest.mark.parametrize("layers", ["all", "first", "last"])
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("layout", PARALLEL)
+def test_a_loss_on_hidden_states_is_the_same_on_every_rank(one, measured, layout, case, layers):
+    want = one[case]["attraction", layers]
+    size = max(1.0, sum(value.square().sum() for value in want["gradients"].values()).sqrt().item())
+    for rank in measured[layout]:
+        found = rank[case]["attraction", layers]
+        assert found["metrics"] == pytest.approx(want["metrics"], abs=AFTER_UPDATE, rel=AFTER_UPDATE)
+        if shares_optimizer(layout, case):
+            continue
+        for name, value in want["gradients"].items():
+            torch.testing.assert_close(
+                found["gradients"][name], value, atol=AFTER_UPDATE * size, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
 def test_the_reference_would_notice(one):
     """The measured step is a real one: gradients everywhere, a KL term that counts, clipping that acts."""
     for case in CASES:
+        first, last = (one[case]["attraction", layers] for layers in ("first", "last"))
+        assert first["metrics"]["loss/representation"] > 0.1
+        differences = [(first["gradients"][name] - value).norm() for name, value in last["gradients"].items()]
+        assert max(differences) > 100 * AFTER_UPDATE
         step = one[case]["policy_gradient"]
         assert one[case]["distillation"]["metrics"]["grad_norm"] > 1.0
         assert step["metrics"]["loss/kl"] > 1e-4

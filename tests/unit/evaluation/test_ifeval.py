@@ -11,7 +11,7 @@ import nltk
 import pytest
 
 from nemo_rba.evaluation import ifeval
-from nemo_rba.evaluation.ifeval import PACKAGES, IFEvalTask
+from nemo_rba.evaluation.ifeval import PACKAGES, VOICEBENCH, IFEvalTask
 from nemo_rba.evaluation.tasks import as_rollout
 from nemo_rba.types import Instruction
 
@@ -108,7 +108,8 @@ def test_levels_and_criteria(sentence_model):
     for own in expected:
         level, criterion = own.split(", ")
         scores = make_task(level=level, criterion=criterion).score(rollouts)
-        assert scores == pytest.approx(expected | {"score": expected[own]})
+        mean = sum(expected.values()) / 4  # VoiceBench's "final"
+        assert scores == pytest.approx(expected | {"score": expected[own], "mean of all four": mean})
         assert list(scores)[1] == own, "the task's own measure is the first"
 
 
@@ -130,7 +131,10 @@ def test_scores_are_those_of_lm_eval(sentence_model):
             "instruction, strict": [100.0 * sum(theirs["inst_level_strict_acc"]), 3.0],
             "prompt, loose": [100.0 * theirs["prompt_level_loose_acc"], 1.0],
             "instruction, loose": [100.0 * sum(theirs["inst_level_loose_acc"]), 3.0],
+            VOICEBENCH: ours[VOICEBENCH],
         }
+        four = [ours[VOICEBENCH][at : at + 2] for at in range(0, 8, 2)]
+        assert sorted(four) == sorted(ours[name] for name in list(ours)[:4])
 
 
 @needs_lm_eval

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, TeacherSystem, run
+from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, TeacherSystem, read_answers, rescore, run
 from nemo_rba.evaluation.tasks import InstructionFollowingTask, RewardTask
 from nemo_rba.types import Instruction, Rollout, SamplingParams, SpeechBatch
 
@@ -80,7 +80,9 @@ def test_a_judge_is_asked_for_a_whole_batch_at_once_also_for_answers_that_were_t
     words = ["one", "four", "two"]
     batches = make_task(words).batches
     for _ in range(2):
-        predictions = run(FakeSystem(), RewardTask(name="judged", batches=batches, reward=judge, kinds={}), tmp_path)
+        predictions = run(
+            FakeSystem(), RewardTask(name="judged", batches=batches, reward=judge, prices=None, kinds={}), tmp_path
+        )
         assert [p.value for p in predictions] == [75.0, 100.0, 75.0]
     assert asked == [["one", "four"], ["two"]] * 2
 
@@ -107,6 +109,31 @@ def test_kept_answers_are_scored_anew(tmp_path):
     task = make_task()
     task.verify = lambda text, response: 0.25
     assert {p.value for p in run(FakeSystem(), task, tmp_path)} == {25.0}
+
+
+def test_saved_answers_are_scored_as_a_run_would_score_them(tmp_path):
+    run(FakeSystem(), make_task(), tmp_path)
+    path = tmp_path / "held-out voices" / "fake.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + '{"system": "cut of')
+    path.with_name("fake.rank-1.jsonl").write_text("".join([lines[0], *lines[3:]]))  # as two ranks leave them
+    task = make_task()
+    task.verify = lambda text, response: len(response) / 5
+    again, system = run(FakeSystem(), task, tmp_path), FakeSystem()
+    saved = read_answers(system.name, task.name, tmp_path)
+    items = [item for batch in task.batches() for item in batch.instructions]
+    assert rescore(saved, task, items) == again
+    assert [prediction.value for prediction in again] == [100 * len(word) / 5 for word in WORDS]
+    assert saved.decoding == {"temperature": 0.0, "stop": ["a", "b"]}
+    assert read_answers("nobody", task.name, tmp_path).predictions == {}
+    task.measure = "wer"
+    assert {prediction.measure for prediction in rescore(saved, task, items)} == {"wer"}, "today's"
+    with pytest.raises(ValueError, match="'id-zero' was 'say zero'"):
+        rescore(saved, task, [replace(item, text="say nothing") for item in items])
+    other = json.loads(lines[0]) | {"decoding": {"temperature": 1.0}}
+    path.with_name("fake.rank-1.jsonl").write_text(json.dumps(other) + "\n")
+    with pytest.raises(ValueError, match=r"rank-1.jsonl belongs to .*1\.0.* expected .*0\.0"):
+        read_answers(system.name, task.name, tmp_path)
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path):

@@ -3,11 +3,12 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from nemo_rba.rewards.judge import JudgeReward
+from nemo_rba.rewards.judge import JudgeReward, PairwiseJudgeReward
 from nemo_rba.types import Instruction, Rollout
 
 PROMPT = "Q: {instruction} A: {response} Grade {1 to 5}."
@@ -90,3 +91,74 @@ def test_the_reference_is_shown_only_where_it_is_asked_for():
 def test_settings_that_cannot_work_are_refused(changes, expected):
     with pytest.raises(ValueError, match=expected):
         make(Judge(), **changes)
+
+
+def test_the_account_tells_what_was_paid_and_what_was_remembered(tmp_path):
+    memory = str(tmp_path / "votes.jsonl")
+    reward = make(Judge(good=["5", "no", "4"], silent=[""] * 4), memory=memory)
+    reward([rollout("good"), rollout("silent")])
+    reward([rollout("good")])
+    paid = {"answers judged": 2, "answers without grade": 1, "votes paid": 7}
+    assert reward.account() == paid | {"votes remembered": 2, "votes without grade": 2}
+    judge = Judge()
+    judge.account = lambda: {"prompt tokens": 12}
+    again = make(judge, memory=memory)
+    again([rollout("good"), rollout("silent")])
+    assert again.account() == {
+        "answers judged": 2, "answers without grade": 1, "votes paid": 0, "votes remembered": 2,
+        "votes without grade": 0, "prompt tokens": 12,
+    }  # fmt: skip
+
+
+class Comparing:
+    """Prefers the longer answer; has no opinion on "odd"."""
+
+    def __init__(self):
+        self.asked = []
+
+    def render(self, messages, *, open_turn):
+        return messages[0]["content"]
+
+    def generate(self, prompts, params):
+        self.asked += prompts
+        found = [prompt.split("|")[1:] for prompt in prompts]
+        return ["none" if "odd" in pair else str(1 + (len(pair[1]) > len(pair[0]))) for pair in found]
+
+
+def compare(judge, **changes) -> PairwiseJudgeReward:
+    settings = {"name": "n", "prompt": "{instruction}|{first}|{second}", "pattern": r"\b([12])\b", "votes": 1}
+    settings |= {"max_new_tokens": 4, "temperature": 0.0, "seed": 3, "memory": ""}
+    return PairwiseJudgeReward(judge=judge, **(settings | changes))
+
+
+def compared(id: str, answer: str, **changes) -> Rollout:
+    instruction = Instruction(id=id, text=f"say {id}", task="t", **{"response": "baseline"} | changes)
+    return replace(rollout(answer), instruction=instruction)
+
+
+def test_the_preference_is_for_the_answer_wherever_it_stands():
+    judge = Comparing()
+    reward = compare(judge)
+    answers = [compared(f"i{n}", text) for n in range(30) for text in ("short", "longer than it")]
+    assert reward(answers).tolist() == [0.0, 1.0] * 30
+    first = [prompt.split("|")[1] == "baseline" for prompt in judge.asked]
+    assert 10 < sum(first) / 2 < 20, "places are drawn"
+    assert first[::2] == first[1::2], "and are the same for all answers to an item"
+    another = Comparing()
+    compare(another, seed=4)(answers)
+    assert another.asked != judge.asked
+
+
+def test_what_is_no_better_and_no_worse_is_a_draw():
+    judge = Comparing()
+    reward = compare(judge)
+    assert reward([compared("a", "baseline"), compared("b", "odd")]).tolist() == [0.5, 0.5]
+    assert len(judge.asked) == 2, "once, and once more, for the second"
+    assert reward.account()["answers without grade"] == 1
+    both = [compared("a", "x", extra={"baseline": text}) for text in ("", "y" * 9)]
+    assert reward(both).tolist() == [0.0, 0.0]
+    assert judge.asked[-1].count("y" * 9) == 1, "AlpacaEval's own field comes first"
+    with pytest.raises(ValueError, match=r"item 'a' has no answer to compare with"):
+        reward([compared("a", "x", response=" ")])
+    with pytest.raises(ValueError, match=r"lacks the slots \['first'\]"):
+        compare(judge, prompt="{instruction} {second}")

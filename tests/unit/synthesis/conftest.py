@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_rba.synthesis.text import TextStage, TextWork
 from nemo_rba.types import SamplingParams
 
 SENTENCE = "what is one two three plus minus say the word cat dog tell me name a color hello red blue"
@@ -93,3 +94,17 @@ class FakeTTS:
             raise ValueError("no sound")
         pitch = [1 + self.speakers.index(speaker) for speaker in speakers]
         return [torch.sin(torch.arange(100 * len(t)) * 0.1 * p) for t, p in zip(texts, pitch, strict=True)]
+
+
+def text_stage(folder, *, teacher, sampler, response_params, seed=1, spoken_form=None, **settings) -> TextStage:
+    """A text stage whose orders are done here and at once."""
+    work = TextWork(
+        teacher=teacher, sampler=sampler, spoken_form=spoken_form, response_params=response_params, folder=folder,
+        seed=seed,
+    )  # fmt: skip
+
+    def have_done(kind, orders):
+        for order in orders.values():
+            work.handlers[kind](order)()
+
+    return TextStage(work=work, have_done=have_done, **{"num_responses": {}, "batches_at_once": 1} | settings)

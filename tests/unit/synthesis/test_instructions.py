@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from nemo_rba.synthesis.filters import CallableFilter, DuplicateFilter, ResponseFilter
-from nemo_rba.synthesis.instructions import Draft, MagpieSampler, TextStage, answer
+from nemo_rba.synthesis.instructions import Draft, MagpieSampler, answer
 from nemo_rba.synthesis.spoken_form import Spoken
+from nemo_rba.synthesis.text import TextStage
 from nemo_rba.types import Instruction, SamplingParams
 
-from .conftest import FakeTeacher
+from .conftest import FakeTeacher, text_stage
 
 PARAMS = SamplingParams(max_new_tokens=8)
 
@@ -33,10 +34,8 @@ def stage(folder, teacher=None, **changes) -> TextStage:
         "split_of": lambda text: "test" if "cat" in text else "train",
         "task_of": lambda text: "cats" if "cat" in text else "others",
         "kind_of": lambda text: "closed" if text.startswith("what") else "open",
-        "folder": folder,
-        "seed": 1,
     }
-    return TextStage(**(settings | changes))
+    return text_stage(folder, **(settings | changes))
 
 
 def test_batches_are_seeded_and_independent(teacher):
@@ -147,6 +146,63 @@ def test_a_second_run_asks_the_teacher_nothing(tmp_path):
     assert second == first
 
 
+def test_several_answers_become_several_items(tmp_path):
+    class Various(FakeTeacher):
+        def generate(self, prompts, params):
+            said = super().generate(prompts, params)
+            return said if prompts[0].endswith("<user>") else [f"{s} {n % 3}" for n, s in enumerate(said)]
+
+    quotas = {("train", ""): 20, ("test", ""): 3}
+    changes = {"num_responses": {"train": 4}, "response_filters": []}
+    first = stage(tmp_path, Various(), **changes).run(quotas, max_batches=60)
+    assert {name: len(items) for name, items in first.splits.items()} == {"train": 20, "test": 3}
+    answers = {}
+    for item in first.splits["train"]:
+        answers.setdefault(item.text, []).append(item.response)
+    assert [len(said) for said in answers.values()] == [3] * 6 + [2], "of four answers one came twice"
+    assert all(len(set(said)) == len(said) for said in answers.values())
+    assert len({item.text for item in first.splits["test"]}) == 3
+    reasons = [reason for _, reason in first.dropped]
+    assert reasons.count("response: the same as another answer to this instruction") == len(answers)
+    assert "quota: train is full" in reasons, "also for the last of several answers"
+    ids = [item.id for items in first.splits.values() for item in items] + [item.id for item, _ in first.dropped]
+    assert len(set(ids)) == len(ids)
+    again = Various()
+    assert stage(tmp_path, again, **changes).run(quotas, max_batches=60) == first
+    assert again.calls == 0
+
+
+def test_batches_at_once_lose_and_repeat_nothing(tmp_path):
+    quotas = {("train", "open"): 30, ("test", ""): 5}
+    result = stage(tmp_path, batches_at_once=3).run(quotas, max_batches=100)
+    assert {name: len(items) for name, items in result.splits.items()} == {"train": 30, "test": 5}
+    assert 35 + len(result.dropped) == result.num_sampled == 20 * result.num_batches
+    assert result.num_batches % 3 == 0
+    again = FakeTeacher()
+    assert stage(tmp_path, again, batches_at_once=3).run(quotas, max_batches=100) == result
+    assert again.calls == 0
+    assert not list((tmp_path / "parts").iterdir()), "parts of a complete batch are gone"
+
+
+def test_what_was_sampled_or_answered_before_an_interruption_is_kept(tmp_path):
+    quotas = {("train", ""): 40}
+    whole = stage(tmp_path / "whole", batches_at_once=2).run(quotas, max_batches=60)
+
+    class Failing(FakeTeacher):
+        def generate(self, prompts, params):
+            if self.calls == 3:  # two batches sampled, one answered
+                raise KeyboardInterrupt
+            return super().generate(prompts, params)
+
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path / "parts", Failing(), batches_at_once=2).run(quotas, max_batches=60)
+    kept = sorted(path.name for path in (tmp_path / "parts" / "parts").iterdir())
+    assert kept == ["batch-00000.answer.jsonl", "batch-00000.sample.jsonl", "batch-00001.sample.jsonl"]
+    teacher = FakeTeacher()
+    assert stage(tmp_path / "parts", teacher, batches_at_once=2).run(quotas, max_batches=60) == whole
+    assert teacher.calls == 2 * whole.num_batches - 3
+
+
 def test_refused_answers_make_room(tmp_path):
     refuse = CallableFilter(name="no dogs", keep=lambda text: "dog" not in text)
     result = stage(tmp_path, response_filters=[refuse]).run({("train", ""): 60}, max_batches=50)
@@ -231,7 +287,7 @@ def test_a_batch_without_texts_is_read_again(tmp_path):
 
 
 def test_full_quotas_are_no_reason_to_give_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_rba.synthesis.instructions.BARREN_SAMPLES", 6)
+    monkeypatch.setattr("nemo_rba.synthesis.text.BARREN_SAMPLES", 6)
     drafts = Drafts("one two")
     settings = {"sampler": drafts, "instruction_filters": []}
     result = stage(tmp_path, **settings).run({("train", ""): 1, ("test", ""): 1}, max_batches=9)

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from nemo_rba.synthesis.filters import DuplicateFilter, LengthFilter
-from nemo_rba.synthesis.instructions import TextStage
 from nemo_rba.synthesis.instructions_seeded import SeededInstructions, SelfInstruct, read_pool
 from nemo_rba.types import SamplingParams
 
+from .conftest import text_stage
 from .test_instructions_plan import SHARED, Scripted
 from .test_openai_teacher import Server, connect
 
@@ -23,14 +23,14 @@ def seeded(reply=lambda message, place: "hello", **changes):
     return SeededInstructions(**SHARED | settings | changes), teacher
 
 
-def stage(folder, sampler, teacher, **changes) -> TextStage:
+def stage(folder, sampler, teacher, **changes):
     settings = {
         "teacher": teacher, "sampler": sampler, "instruction_filters": [DuplicateFilter()], "spoken_form": None,
         "speech_filters": [], "response_filters": [], "response_params": SamplingParams(max_new_tokens=8),
         "context": "", "split_of": lambda text: "test" if "cat" in text else "train", "task_of": lambda text: "any",
-        "kind_of": lambda text: "", "folder": folder, "seed": 1,
+        "kind_of": lambda text: "",
     }  # fmt: skip
-    return TextStage(**settings | changes)
+    return text_stage(folder, **settings | changes)
 
 
 def test_every_person_and_topic_has_its_turn():

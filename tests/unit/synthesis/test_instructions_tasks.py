@@ -242,7 +242,7 @@ def test_impossible_translation_settings_are_refused(changes, message):
 
 
 def test_a_teacher_that_repeats_itself_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_rba.synthesis.instructions.BARREN_SAMPLES", 30)
+    monkeypatch.setattr("nemo_rba.synthesis.text.BARREN_SAMPLES", 30)
     sampler, teacher = translation(lambda message, place: "Again." if message.startswith("Say") else "Wieder.")
     settings = {"instruction_filters": [DuplicateFilter()]}
     result = stage(tmp_path, sampler, teacher, **settings).run({("train", ""): 3}, max_batches=1000)

@@ -128,6 +128,10 @@ def test_a_restart_pays_nothing_twice(server, tmp_path):
     again = connect(server, memory=memory)
     assert again.generate(prompts, PARAMS) == answers == ["hello", "A", "", "hello"]
     assert len(server.seen) == 4
+    assert teacher.account() == {
+        "requests": 5, "replies remembered": 0, "prompt tokens": 6, "completion tokens": 2,
+        "replies without token counts": 2,
+    }  # fmt: skip
     assert again.usage == {"requests": 1, "remembered": 4}, "the list of models alone"
     assert again.generate(["<user>"], SamplingParams(max_new_tokens=8, seed=1)) == ["hello"]
     assert len(server.seen) == 5, "another question"

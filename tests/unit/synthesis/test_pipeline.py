@@ -13,7 +13,8 @@ from nemo_rba.synthesis.augment import NoiseAugmentation
 from nemo_rba.synthesis.augment_effects import Speed
 from nemo_rba.synthesis.filters import DuplicateFilter, LengthFilter, ResponseFilter
 from nemo_rba.synthesis.instructions import Draft, MagpieSampler
-from nemo_rba.synthesis.pipeline import SelfSynthesis, Split, hash_split, one_name
+from nemo_rba.synthesis.pipeline import SelfSynthesis
+from nemo_rba.synthesis.splits import Split, hash_split, one_name
 from nemo_rba.types import SamplingParams
 
 from .conftest import FakeTeacher, FakeTTS
@@ -28,7 +29,7 @@ def split_of(text: str) -> str:
 def make_splits(train_tts: FakeTTS, **changes) -> list[Split]:
     other = FakeTTS(["c", "d"])
     noise = NoiseAugmentation(snr_db_min=10, snr_db_max=20, color="white", peak_min=0.5, peak_max=0.9, seed=1)
-    common = {"augment": None, "shares": {}, "seen_speakers": False}
+    common = {"augment": None, "shares": {}, "seen_speakers": False, "num_responses": 1}
     rows = {
         "train": {"size": 50, "tts": train_tts, "augment": noise, "shares": {"open": 0.5, "closed": 0.5}},
         "dev": {"size": 8, "tts": other},
@@ -60,6 +61,7 @@ def build(output: Path, *, teacher=None, tts=None, **changes) -> SelfSynthesis:
         "split_of": split_of,
         "task_of": lambda text: one_name(text, name="any"),
         "kind_of": lambda text: "closed" if text[0] < "n" else "open",
+        "batches_at_once": 1,
         "max_batches": 60,
         "allow_fewer": False,
         "max_duration_seconds": 10.0,
@@ -238,11 +240,13 @@ def test_clips_that_fail_are_dropped_and_counted(tmp_path):
         ({"test_seen": {"size": 11}}, "wants 11 instructions of test, which finds 10"),
         ({"train": {"shares": {"open": 0.5, "closed": 0.6}}}, r"add up to 1.1; expected 1"),
         ({"train": {"size": 10**14}}, "free some space"),
+        ({"train": {"num_responses": 2}}, r"num_responses 2 at response_params.temperature 0; expected"),
     ],
 )
 def test_splits_that_contradict_each_other_are_refused(tmp_path, changes, message):
+    greedy = SamplingParams(max_new_tokens=9, temperature=0.0)
     with pytest.raises(ValueError, match=message):
-        build(tmp_path, splits=make_splits(FakeTTS(["a", "b"]), **changes))
+        build(tmp_path, splits=make_splits(FakeTTS(["a", "b"]), **changes), response_params=greedy)
 
 
 def test_an_unusable_output_is_refused(tmp_path):
@@ -294,7 +298,7 @@ class Translations:
 def test_targets_reach_the_manifest_and_are_not_asked_for(tmp_path):
     teacher, tts = FakeTeacher(), FakeTTS(["a", "b"])
     row = {"name": "train", "instructions_of": "train", "size": 3, "tts": tts, "augment": None, "shares": {},
-           "seen_speakers": True}  # fmt: skip
+           "seen_speakers": True, "num_responses": 1}  # fmt: skip
     settings = {"sampler": Translations(), "splits": [Split(**row)], "split_of": lambda text: "train"}
     settings |= {"spoken_form": None, "max_batches": 1}
     card = build(tmp_path, teacher=teacher, tts=tts, **settings).run(CONFIG)
@@ -316,7 +320,7 @@ def test_a_sampler_that_repeats_itself_is_told_of(tmp_path, monkeypatch):
         def batch(self, index: int) -> list[str]:
             return ["say a"] * 500
 
-    monkeypatch.setattr("nemo_rba.synthesis.instructions.BARREN_SAMPLES", 1000)
+    monkeypatch.setattr("nemo_rba.synthesis.text.BARREN_SAMPLES", 1000)
     monkeypatch.setattr("nemo_rba.synthesis.pipeline.BARREN_SAMPLES", 1000)
     given_up = r"1500 instructions sampled in 3 batches: .*\(given up, as the last 1000 were of no use\)"
     with pytest.raises(ValueError, match=given_up + r". Most dropped for: duplicate: seen before \(1499\)"):

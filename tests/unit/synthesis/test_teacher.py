@@ -119,6 +119,18 @@ def test_logprobs_are_those_of_a_plain_forward_pass(teacher, teacher_folder):
     assert teacher.generate([], PARAMS) == []
 
 
+def test_a_model_spread_over_all_devices_is_the_same_model(teacher, teacher_folder):
+    spread = HFTeacher(path=str(teacher_folder), batch_size=8, device="auto", dtype="float32")
+    prompts = [
+        teacher.render([{"role": "user", "content": text}], open_turn="assistant") for text in ("one", "two cat")
+    ]
+    params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=3)
+    assert spread.generate(prompts, params) == teacher.generate(prompts, params)
+    responses = [torch.tensor([7, 9]), torch.tensor([8])]
+    for ours, theirs in zip(spread.logprobs(prompts, responses), teacher.logprobs(prompts, responses), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_bad_requests_are_explained(teacher):
     prompts = rendered(teacher)
     with pytest.raises(ValueError, match="token id 99, but the teacher has 26 tokens"):

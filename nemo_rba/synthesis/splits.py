@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sets a synthesis makes, and which instruction belongs to which."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nemo_rba.protocols import TTS
+from nemo_rba.synthesis.augment import Augmentation
+from nemo_rba.synthesis.filters import normalize_text
+from nemo_rba.synthesis.text import Quota
+from nemo_rba.types import Instruction, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """One named set of utterances."""
+
+    name: str  # folder below the output
+    size: int  # utterances
+    tts: TTS  # its voices
+    augment: Augmentation | None  # None = clean speech
+    instructions_of: str  # its own name, or the split whose first ``size`` instructions it speaks again
+    shares: Mapping[str, float]  # kind -> share of ``size``, e.g. {open: 0.5, closed: 0.5}; {} = as they come
+    seen_speakers: bool  # True allows speakers of the training split
+    num_responses: int  # of the teacher to each instruction, in as many utterances
+
+    def quotas(self) -> dict[Quota, int]:
+        """How many instructions of each kind to find; none where another split's are spoken."""
+        if self.instructions_of != self.name:
+            return {}
+        if not self.shares:
+            return {(self.name, ""): self.size}
+        sizes = {(self.name, kind): int(self.size * share) for kind, share in self.shares.items()}
+        first = next(iter(sizes))
+        sizes[first] += self.size - sum(sizes.values())
+        return sizes
+
+
+def hash_split(text: str, *, shares: Mapping[str, float]) -> str:
+    """A split by the hash of the words: the same words are never in two splits. Shares need not add up to 1."""
+    point = int(hashlib.md5(normalize_text(text).encode()).hexdigest(), 16) / 2**128 * sum(shares.values())
+    for name, share in shares.items():
+        point -= share
+        if point < 0:
+            return name
+    return name
+
+
+def one_name(text: str, *, name: str) -> str:
+    """The same task or kind for every text, where nothing finer is known."""
+    return name
+
+
+def check_splits(splits: Sequence[Split], train_split: str, response_params: SamplingParams) -> None:
+    """Raise ValueError where splits contradict each other, or share speakers that they must not."""
+    by_name = {split.name: split for split in splits}
+    if len(by_name) != len(splits) or train_split not in by_name:
+        raise ValueError(f"synthesis.splits are {[s.name for s in splits]}, synthesis.train_split is {train_split!r}; "
+                         "expected different names, the training split among them")  # fmt: skip
+    train = by_name[train_split]
+    for split in splits:
+        if split.size < 1 or split.instructions_of not in by_name:
+            raise ValueError(f"split {split.name}: size {split.size}, instructions_of {split.instructions_of!r}; "
+                             f"expected a size of at least 1 and one of {sorted(by_name)}")  # fmt: skip
+        if split.num_responses < 1 or (split.num_responses > 1 and response_params.temperature == 0):
+            raise ValueError(f"split {split.name}: num_responses {split.num_responses} at response_params.temperature "
+                             f"{response_params.temperature:g}; expected at least 1, and for several a temperature "
+                             "above 0, or all would be the same")  # fmt: skip
+        source = by_name[split.instructions_of]
+        if source.instructions_of != source.name or split.size > source.size:
+            raise ValueError(f"split {split.name} wants {split.size} instructions of {source.name}, which finds "
+                             f"{sum(source.quotas().values())} of its own; lower its size")  # fmt: skip
+        if split.shares and abs(sum(split.shares.values()) - 1) > 1e-6:
+            raise ValueError(f"split {split.name}: shares {dict(split.shares)} add up to "
+                             f"{sum(split.shares.values()):g}; expected 1")  # fmt: skip
+        if split.tts.sampling_rate != train.tts.sampling_rate:
+            raise ValueError(f"split {split.name} is spoken at {split.tts.sampling_rate} Hz, {train.name} at "
+                             f"{train.tts.sampling_rate} Hz; give all the same tts.sampling_rate")  # fmt: skip
+        shared = sorted(set(split.tts.speakers) & set(train.tts.speakers))
+        if split is not train and shared and not split.seen_speakers:
+            raise ValueError(f"split {split.name} shares {len(shared)} speakers with {train.name} ({shared[0]}, ...); "
+                             "give it other tts.voices, or set seen_speakers: true")  # fmt: skip
+
+
+def check_disjoint(splits: Mapping[str, list[Instruction]]) -> None:
+    """Raise ValueError where the same words are in two splits."""
+    owner: dict[str, str] = {}
+    for name, items in splits.items():
+        for item in items:
+            other = owner.setdefault(normalize_text(item.text), name)
+            if other != name:
+                raise ValueError(f"the instruction {item.text!r} is in {other} and in {name}; synthesis.split_of must "
+                                 "give the same split to texts that sound alike")  # fmt: skip
