@@ -2,7 +2,8 @@
 # make align    environment if need be, then the main job on the tiny recipe (CPU)
 # make test     environment if need be, then lint and all tests
 # make lint     ruff only
-# make bench    group sampling and shared-prompt updates beside NeMo and the plain way: tables and a picture in runs/bench
+# make bench    group sampling and shared-prompt updates beside NeMo and the plain way: tables and a picture in runs/bench;
+#               what self-synthesis costs: runs/bench_synthesis
 # make study    reinforcement against distillation: many arms, rates, seeds and sizes; hours, resumable, runs/rba_study
 # make assets   build the tiny teacher and speech encoder of examples/tiny anew
 # make clean    remove what building and testing left; keeps .venv* and runs/
@@ -40,6 +41,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python examples/rba_bench.py
+	$(BIN)/python examples/rba_bench_synthesis.py
 
 study: $(STAMP)
 	$(BIN)/python examples/rba_study.py

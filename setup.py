@@ -67,6 +67,6 @@ setup(
     ],
     extras_require={
         "filters": SYNTHESIS_FILTERS,
-        "test": ["pytest", "pytest-xdist", "ruff", *SYNTHESIS_FILTERS],
+        "test": ["pytest", "pytest-xdist", "ruff", "lm_eval[ifeval]", *SYNTHESIS_FILTERS],
     },
 )

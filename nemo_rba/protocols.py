@@ -38,7 +38,7 @@ class LikelihoodTeacher(Teacher, Protocol):
 
 
 class TTS(Protocol):
-    """A synthesizer with named voices."""
+    """A synthesizer with named voices. It may also offer ``languages``, speaker -> language, for the data card."""
 
     sampling_rate: int
     speakers: Sequence[str]

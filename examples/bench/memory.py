@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory: each system alone in its own process, the same weights, counted from where loading has ended.
 
-    python -m bench.memory nemo checkpoint_folder '{"prompts": 8, "group": 8, "tokens": 32, "seconds": 20}'
-
-Linux keeps a process's highest resident memory (VmHWM) and forgets it on request (``/proc/self/clear_refs``).
+python -m bench.memory nemo checkpoint_folder '{"prompts": 8, "group": 8, "tokens": 32, "seconds": 20}'
 """
 
-import ctypes
-import gc
 import json
 import os
 import subprocess
@@ -19,6 +15,7 @@ from pathlib import Path
 import torch
 from nemo.collections.speechlm2.models import SALM
 
+from bench.resident import highest_resident
 from bench.systems import Load, answer_nemo, answer_ours, load_ours, noise_clips
 from bench.training import updates
 
@@ -58,13 +55,7 @@ def measure_alone(system: str, folder: Path, load: Load) -> Peak:
 
 def measure(system: str, folder: Path, load: Load) -> tuple[float, float]:
     """MB resident after loading, and the highest while the system works."""
-    work = _work(system, folder, load)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-    loaded = _resident("VmRSS")
-    work()
-    return loaded, _resident("VmHWM")
+    return highest_resident(_work(system, folder, load))
 
 
 def _work(system: str, folder: Path, load: Load) -> Callable[[], object]:
@@ -77,14 +68,6 @@ def _work(system: str, folder: Path, load: Load) -> Callable[[], object]:
         batch = noise_clips(model, load.prompts, load.seconds)
         return lambda: answer_ours(model, batch, load)
     return updates(folder, load)[1][system]
-
-
-def _resident(field: str) -> float:
-    """MB under a name of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1000
-    raise OSError(f"/proc/self/status has no {field}; peak memory can only be measured on Linux")
 
 
 def peak_rows(found: Sequence[Peak]) -> list[dict[str, str]]:

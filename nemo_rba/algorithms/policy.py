@@ -16,11 +16,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
@@ -31,6 +27,7 @@ from nemo_rba.checkpoint.sharded import metadata, sharded_weights
 from nemo_rba.distributed import cpu, pipeline, vocab_parallel
 from nemo_rba.distributed.parallel import data_parallel_size, data_parallel_sum, device
 from nemo_rba.modules import states
+from nemo_rba.modules.fixed_decode import fix_decode
 from nemo_rba.modules.lora import add_lora
 from nemo_rba.modules.perception import EncodedSpeech
 from nemo_rba.protocols import Metrics, Objective
@@ -311,6 +308,14 @@ class MegatronPolicy:
     def _microbatches(self, batch: RolloutBatch):
         for prompts in batch.prompt_index.unique().split(self.micro_batch_size):
             yield select(batch, prompts)
+
+
+class FixedDecodePolicy(MegatronPolicy):
+    """A MegatronPolicy of these ``settings`` that samples in fixed shapes: ``decode`` has what ``fix_decode`` takes."""
+
+    def __init__(self, *, model: nn.Module, decode: Mapping, **settings):
+        fix_decode(model.llm, **decode)
+        super().__init__(model=model, **settings)
 
 
 def _forward_step(parts, model: Callable, *, judge: Callable, speech: EncodedSpeech | None):

@@ -21,7 +21,6 @@ TOKENIZERS = {
     **dict.fromkeys(("ja", "jpn"), "ja-mecab"),
     **dict.fromkeys(("ko", "kor", "th", "tha", "lo", "lao", "my", "mya", "km", "khm", "bo", "bod"), "char"),
 }
-OWN = ("bleu", "chrf")
 
 
 class TranslationTask(MeasuredTask):
@@ -40,6 +39,8 @@ class TranslationTask(MeasuredTask):
         ImportError: what the tokenizer needs is missing: a package, or for the "flores" ones a model to download.
     """
 
+    OWN = ("bleu", "chrf")
+
     def __init__(
         self,
         *,
@@ -53,10 +54,10 @@ class TranslationTask(MeasuredTask):
         kinds: Mapping[str, str],
     ):
         super().__init__(name=name, batches=batches, kinds=kinds)
-        if own not in OWN or word_order < 0 or num_references < 1:
+        if own not in self.OWN or word_order < 0 or num_references < 1:
             raise ValueError(
                 f"own is {own!r}, word_order {word_order}, num_references {num_references}; expected own from "
-                f"{', '.join(OWN)}, word_order of 0 or more, num_references of 1 or more: change task"
+                f"{', '.join(self.OWN)}, word_order of 0 or more, num_references of 1 or more: change task"
             )
         self.num_references = num_references
         language = _language(target_language)
@@ -66,7 +67,7 @@ class TranslationTask(MeasuredTask):
             "chrf": CHRF(word_order=word_order),
             "ter": TER(normalized=splits_characters, asian_support=splits_characters),
         }
-        self._metrics = {_name(metrics[key], num_references): metrics[key] for key in (own, *metrics)}
+        self._metrics = {_name(metrics[key], num_references): metrics[key] for key in (own, *metrics) if key in metrics}
 
     def statistics(self, instruction: Instruction, response: str) -> Statistics:
         references = (instruction.response, *instruction.aliases)

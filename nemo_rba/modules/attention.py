@@ -10,6 +10,7 @@ what the *plan* handed down as ``attention_bias`` says:
     PrefixPlan   the prompts alone; keeps keys and values when given a cache      (prefill)
     GroupPlan    prompts and all their answers in one pass, S = P + G * T         (teacher forcing)
     DecodePlan   one new token per living answer, on the caches                   (sampling)
+    FixedPlan    one new token per answer, on caches that never change their shape (sampling, ``fixed_decode``)
 
 Rotary embeddings are applied here, from tables made once per pass. Being relative, they do not see the left padding.
 Layouts: b prompts, q key-value heads, r query heads per key-value head, g answers, t tokens, p prefix, d head size.
@@ -53,6 +54,17 @@ class PlannedAttention(torch.nn.Module):
     def forward(self, query, key, value, attention_mask, *, attention_bias, **kwargs) -> Tensor:
         """query (s, b, h, d), key and value (s, b, q, d) -> (s, b, h * d)."""
         return attention_bias.attend(self.layer_number, query, key, value)
+
+
+def _by_head(grid: Tensor) -> Tensor:
+    """(b, g, q, r, x) -> (b * q, g * r, x): one matrix per prompt and head."""
+    b, g, q, r, x = grid.shape
+    return grid.transpose(1, 2).reshape(b * q, g * r, x)
+
+
+def _by_slot(matrices: Tensor, q: int, g: int) -> Tensor:
+    """The way back: (b * q, g * r, x) -> (b, g, q, r, x)."""
+    return matrices.unflatten(0, (-1, q)).unflatten(2, (g, -1)).transpose(1, 2)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -176,11 +188,11 @@ class DecodePlan:
         else:
             grid = rows.new_zeros(b, self.num_slots, q, r, x)
             grid[self.prompt, self.slot] = rows
-        return grid.transpose(1, 2).reshape(b * q, self.num_slots * r, x)
+        return _by_head(grid)
 
     def _by_answer(self, matrices: Tensor, q: int) -> Tensor:
         """The way back: (b * q, slots * r, x) -> (n, q, r, x)."""
-        grid = matrices.unflatten(0, (-1, q)).unflatten(2, (self.num_slots, -1)).transpose(1, 2)
+        grid = _by_slot(matrices, q, self.num_slots)
         return grid.flatten(0, 1) if self.full else grid[self.prompt, self.slot]
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,3 +221,35 @@ class DecodePlan:
         first = torch.searchsorted(self.prompt, self.prompt)  # rows stay ordered by prompt
         self.slot = torch.arange(len(rows), device=rows.device) - first
         self._index()
+
+
+@dataclass(slots=True)
+class FixedPlan:
+    """One new token for each of g answers to each of b prompts, n = b * g in order, at a place only a tensor knows.
+
+    Nothing here depends on a number that changes from step to step: what is not written yet is read and masked. Caches
+    have room for the longest answer and are written where they are, so a step can be recorded and replayed.
+    """
+
+    rotary: Rotary  # of this step's position alone: (1, d)
+    place: Tensor  # (1,) int64, where in ``own`` the keys and values of this step go
+    unreal: Tensor  # (b * q, 1, p), what is added to scores: 0, -inf where padded
+    future: Tensor  # (c,), the same of ``own``: -inf beyond ``place``
+    prefix: Cache  # (b, q, p, d)
+    own: Cache  # (n, q, c, d)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        (h, (n, q, d)), (b, _, p, _) = (query.shape[2], value.shape[1:]), self.prefix[layer][0].shape
+        rotated = self.rotary(torch.cat((query, key), 2), slice(0, 1))[0]  # (n, h + q, d)
+        query = rotated[:, :h].reshape(n * q, -1, d) * d**-0.5
+        for store, new in zip(self.own[layer], (rotated[:, h:], value[0]), strict=True):
+            store.index_copy_(2, self.place, new[:, :, None])
+        own_key, own_value = (x.flatten(0, 1) for x in self.own[layer])  # (n * q, c, d)
+        prefix_key, prefix_value = (x.flatten(0, 1) for x in self.prefix[layer])  # (b * q, p, d)
+        own = torch.baddbmm(self.future, query, own_key.transpose(1, 2))
+        shared, own = (_by_head(x.view(b, n // b, q, -1, x.shape[2])) for x in (query, own))
+        shared = torch.baddbmm(self.unreal, shared, prefix_key.transpose(1, 2))
+        weights = torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        out = _by_slot(weights[..., :p] @ prefix_value, q, n // b)
+        own = _by_slot(weights[..., p:], q, n // b).reshape(n * q, -1, own_key.shape[1]) @ own_value
+        return (out + own.view(out.shape)).reshape(1, n, -1)

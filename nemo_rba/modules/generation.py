@@ -2,7 +2,8 @@
 """Group sampling: one prefill per prompt, then G answers that read its cache, until each has ended its turn.
 
 Randomness belongs to the prompt, not to the batch: an answer's uniforms come from (seed, instruction id) alone, so the
-same answers come out of any batch size, order, padding or data-parallel layout. Finished answers leave the batch.
+same answers come out of any batch size, order, padding or data-parallel layout. Finished answers leave the batch,
+unless the model was told to keep every shape (``fixed_decode``, for CUDA graphs), which gives the same answers.
 One rank of the last pipeline stage draws the tokens; all others get them from it. A pipeline of n stages works on n
 groups of prompts at a time: while one waits for its tokens, the others are on their way.
 """
@@ -68,6 +69,10 @@ def generate(
     distribution).
     """
     noise = uniforms(ids, group_size, params).to(valid.device)  # (B, G, limit)
+    if gpt.fixed_decode is not None:
+        return gpt.fixed_decode.generate(
+            gpt, prompts, valid, noise=noise, end_id=end_id, banned_ids=banned_ids, params=params
+        )
     rotary = rotary_table(gpt, valid.shape[1] + params.max_new_tokens)
     groups = [
         _Answers(gpt, rotary, valid[part], noise[part], end_id=end_id, banned_ids=banned_ids, params=params)
@@ -83,6 +88,13 @@ def generate(
         going = [group for group in going if group.take_tokens() and group.decode()]
     done = [group.finished() for group in groups]
     return Generated(*([item for part in parts for item in part] for parts in zip(*done, strict=True)))
+
+
+def cut(tokens: Tensor, logprobs: Tensor, lengths: Tensor, ended: Tensor) -> tuple[list, list, list]:
+    """Fields of ``Generated`` from tokens and log-probabilities (n, T), lengths (n,) and which answers ended (n,)."""
+    sizes = lengths.tolist()
+    tokens, logprobs = ([row[:n].cpu() for row, n in zip(rows, sizes, strict=True)] for rows in (tokens, logprobs))
+    return tokens, logprobs, (~ended).tolist()
 
 
 class _Answers:
@@ -142,10 +154,7 @@ class _Answers:
 
     def finished(self) -> tuple[list[Tensor], list[Tensor], list[bool]]:
         """Fields of ``Generated``."""
-        sizes = self._lengths.tolist()
-        tokens = [row[:n].cpu() for row, n in zip(self._tokens, sizes, strict=True)]
-        logprobs = [row[:n].cpu() for row, n in zip(self._logprobs, sizes, strict=True)]
-        return tokens, logprobs, (~self._ended).tolist()
+        return cut(self._tokens, self._logprobs, self._lengths, self._ended)
 
     def _forward(self, embeddings: Tensor | None, plan: PrefixPlan | DecodePlan, shape: tuple[int, int]):
         """Log-probabilities (n, V) after the last of ``shape`` (s, n) positions, -inf at banned tokens.

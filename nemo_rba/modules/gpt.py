@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_rba.distributed import cpu
-from nemo_rba.modules.attention import DecodePlan, GroupPlan, PlannedAttention, PrefixPlan, Rotary
+from nemo_rba.modules.attention import DecodePlan, FixedPlan, GroupPlan, PlannedAttention, PrefixPlan, Rotary
 
 _LINEAR = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
 _IMPOSSIBLE = -1e30  # logit of what is no word: its probability is 0, and so is 0 times its log-probability
@@ -91,6 +91,7 @@ def build_gpt(
             scatter_embedding_sequence_parallel=False,
         )
     gpt.num_words = vocab_size  # the rest of the embedding only makes it divide by tp
+    gpt.fixed_decode = None  # see ``fixed_decode.fix_decode``
     for parameter in gpt.parameters():  # conversion reads on every parameter whether it is sharded
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     if sequence_parallel and gpt.post_process:  # its input, a selection of positions, is whole
@@ -176,12 +177,12 @@ def embed(gpt: GPTModel, ids: Tensor) -> Tensor:
     return gpt.embedding(input_ids=ids, position_ids=None)
 
 
-def run(gpt: GPTModel, embeddings: Tensor | None, plan: PrefixPlan | GroupPlan | DecodePlan) -> Tensor:
+def run(gpt: GPTModel, embeddings: Tensor | None, plan: PrefixPlan | GroupPlan | DecodePlan | FixedPlan) -> Tensor:
     """Hidden states after this stage's layers: (s, b, H) after the last one.
 
     ``embeddings`` (s, b, H) is None beyond the first stage. Sequence-parallel ranks hand on (s / tp, b, H).
     """
-    if isinstance(plan, DecodePlan):
+    if isinstance(plan, DecodePlan | FixedPlan):
         return _run_decode(gpt, embeddings, plan)
     sequence_parallel = gpt.config.sequence_parallel
     if gpt.pre_process and gpt.training and gpt.config.recompute_granularity and torch.is_grad_enabled():
@@ -194,7 +195,7 @@ def run(gpt: GPTModel, embeddings: Tensor | None, plan: PrefixPlan | GroupPlan |
     return hidden
 
 
-def _run_decode(gpt: GPTModel, embeddings: Tensor | None, plan: DecodePlan) -> Tensor:
+def _run_decode(gpt: GPTModel, embeddings: Tensor | None, plan: DecodePlan | FixedPlan) -> Tensor:
     """``run`` for one position and no gradient: the layers' own modules without megatron's wrappers around them.
 
     With so little to compute, those wrappers cost more than the arithmetic of a small model.

@@ -14,6 +14,7 @@ from nemo_rba.synthesis.quality import BORDERLINE
 from nemo_rba.synthesis.speech import HISTOGRAMS
 from nemo_rba.synthesis.text import TextResult
 
+PARTS = {"tasks": "task", "languages": "language", "speakers": "speaker"}  # what clips are counted by
 NUM_EXAMPLES = 5  # of each split
 
 
@@ -70,7 +71,7 @@ def render_card(card: Mapping) -> str:
         counts = f"{len(split['speakers'])} | {len(split['tasks'])} | {origin['voices'][name]}"
         lines.append(f"| {name} | {split['clips']} | {split['hours']:.3f} | {counts} |")
     lines += ["", "![How long clips are, and how many words are spoken and answered.](card.png)"]
-    for key, title in (("tasks", "task"), ("speakers", "speaker")):
+    for key, title in PARTS.items():
         totals = {name: split[key] for name, split in card["splits"].items()}
         names = sorted({entry for counts in totals.values() for entry in counts})
         lines += ["", f"| {title} | {' | '.join(totals)} |", "|---" * (len(totals) + 1) + "|"]
@@ -91,7 +92,7 @@ def render_card(card: Mapping) -> str:
 
 
 def _sum_reports(shards: list[dict]) -> dict:
-    total = {key: sum((Counter(shard[key]) for shard in shards), Counter()) for key in ("speakers", "tasks")}
+    total = {key: sum((Counter(shard[key]) for shard in shards), Counter()) for key in PARTS}
     seconds = sum(shard["seconds"] for shard in shards)
     histograms = {name: sum((Counter(shard["histograms"][name]) for shard in shards), Counter()) for name in HISTOGRAMS}
     ordered = {key: dict(sorted(counts.items())) for key, counts in total.items()}

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,10 +53,12 @@ class SpeechStage:
         self._scratch, self._has_ended, self.shard_size = scratch, has_ended, shard_size
 
     def report(self, split: str, shard: int, num_items: int) -> dict | None:
-        """What a finished shard of so many items holds: the numbers of ``items`` and ``clips``, the ``seconds``, clips
-        by ``speakers`` and by ``tasks``, ``histograms``, what was ``dropped`` (id, text, reason) and, where clips are
-        checked, ``quality``: what the checks found. None if it is not there, or was made of fewer items: a last shard
-        may have grown, by allow_fewer.
+        """What a finished shard of so many items holds; None if it is not there, or was made of fewer items: a last
+        shard may have grown, by allow_fewer.
+
+        The numbers of ``items`` and ``clips``, the ``seconds``, clips by ``speakers``, ``tasks`` and ``languages``,
+        ``histograms``, what was ``dropped`` (id, text, reason) and, where clips are checked, ``quality``: what the
+        checks found.
         """
         path = self._report_path(split, shard)
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -76,10 +78,10 @@ class SpeechStage:
         """
         temporary = self._scratch / f"{split}.{shard:06d}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
-        report = {"items": len(items), "seconds": 0.0, "clips": 0, "speakers": Counter(), "tasks": Counter(),
-                  "histograms": {name: Counter() for name in HISTOGRAMS}, "dropped": []}  # fmt: skip
-        if self._quality is not None:
-            report["quality"] = []
+        report = {"items": len(items), "seconds": 0.0, "clips": 0, "dropped": []}
+        report |= {name: Counter() for name in ("speakers", "tasks", "languages")}
+        report |= {"histograms": {name: Counter() for name in HISTOGRAMS}}
+        report |= {} if self._quality is None else {"quality": []}
         with ManifestWriter(folder=temporary, shard_size=self.shard_size, audio_format=self._audio_format,
                             teacher=self._teacher_name, first_shard=shard) as writer:  # fmt: skip
             for start in range(0, len(items), CLIPS_PER_CALL):
@@ -92,7 +94,7 @@ class SpeechStage:
                         report["dropped"].append({"id": item.id, "text": item.text, "reason": clip})
                     else:
                         writer.write(clip)
-                        _count(clip, report)
+                        _count(clip, getattr(tts, "languages", {}), report)
         if report["clips"] == 0:  # so that a shard's number is its place
             write_empty_shard(temporary, shard)
         return partial(self._place, temporary, report, split, shard)
@@ -150,13 +152,15 @@ class SpeechStage:
         return tts.speakers[int(rng.integers(len(tts.speakers)))]
 
 
-def _count(clip: Utterance, report: dict) -> None:
+def _count(clip: Utterance, languages: Mapping[str, str], report: dict) -> None:
     """Add a clip to its shard's report."""
     seconds, instruction = len(clip.audio) / clip.sampling_rate, clip.instruction
     report["clips"] += 1
     report["seconds"] += seconds
     report["speakers"][clip.speaker] += 1
     report["tasks"][instruction.task] += 1
+    target = instruction.extra.get("target_language")
+    report["languages"][languages.get(clip.speaker, "not told") + (f" to {target}" if target else "")] += 1
     values = (seconds, len(instruction.text.split()), len(instruction.response.split()))
     for (name, width), value in zip(HISTOGRAMS.items(), values, strict=True):
         report["histograms"][name][math.floor(value / width) * width] += 1

@@ -51,6 +51,7 @@ class EspeakTTS:
         combinations = itertools.product(voices, rates, pitches)
         self._settings = {f"{v}-r{rate}-p{pitch}": (v, rate, pitch) for v, rate, pitch in combinations}
         self.speakers = tuple(self._settings)
+        self.languages = {speaker: voice.partition("+")[0] for speaker, (voice, *_) in self._settings.items()}
 
     def synthesize(self, texts: Sequence[str], speakers: Sequence[str]) -> list[Tensor]:
         """One waveform (A_i,) per text, silence trimmed to 50 ms at both ends.
@@ -127,7 +128,8 @@ class _Espeak:
 
     def _collect(self, samples, count: int, _events) -> int:
         if samples and count > 0:
-            self._chunks.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
+            # not numpy.ctypeslib.as_array: it makes a type for every length, and ctypes keeps them all
+            self._chunks.append(np.frombuffer(ctypes.string_at(samples, 2 * count), dtype=np.int16))
         return 0
 
 

@@ -48,6 +48,7 @@ class MagpieTTS:
         self.sampling_rate = sampling_rate
         self._voices = {f"{language}-{index}": (language, index) for language in languages for index in speakers}
         self.speakers = tuple(self._voices)
+        self.languages = {speaker: language for speaker, (language, _) in self._voices.items()}
 
     def _check_languages(self, languages: Sequence[str]) -> None:
         """NeMo would take any tokenizer for a language it does not know."""

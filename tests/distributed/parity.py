@@ -25,6 +25,7 @@ from nemo_rba.conversion.mapping import unshard
 from nemo_rba.data.prompt import typed_batch
 from nemo_rba.distributed import parallel, pipeline
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
+from nemo_rba.modules.fixed_decode import fix_decode
 from nemo_rba.types import SamplingParams
 
 LAYOUTS = {  # tensor, pipeline, sequence parallel; data parallelism is what is left of the world
@@ -109,6 +110,17 @@ def answers(rollouts) -> dict:
     }
 
 
+def fixed_answers(policy, source, batch) -> dict | str:
+    """What ``source`` gives when every shape is kept; the reason where that cannot be."""
+    try:
+        fix_decode(policy.model.llm, check_every=4, prompt_multiple=8, keep=False)
+        return answers(source(policy, batch, seed=1))
+    except ValueError as error:
+        return str(error)
+    finally:
+        policy.model.llm.fixed_decode = None
+
+
 def measure(folder: Path, layout: str, case: str) -> dict:
     """A distillation step, greedy and seeded answers, a policy-gradient step with a KL term, agreement of states.
 
@@ -126,7 +138,7 @@ def measure(folder: Path, layout: str, case: str) -> dict:
         result["start"] = answers(policy.generate(batch, group_size=1, params=greedy))
     source = PolicyRollouts(group_size=GROUP_SIZE, max_new_tokens=12, temperature=1.0, top_p=0.95)
     sampled = source(policy, batch, seed=1)
-    result["sampled"] = answers(sampled)
+    result["sampled"], result["fixed"] = answers(sampled), fixed_answers(policy, source, batch)
     advantages = torch.linspace(-1, 1, len(SECONDS) * GROUP_SIZE).view(-1, GROUP_SIZE)[rows].flatten()
     objective = ClippedPolicyLoss(
         clip_low=0.2, clip_high=0.2, kl_coefficient=0.1, kl_estimator="k3", dense_weight=0.0, dense_clip=5.0,

@@ -73,6 +73,19 @@ def test_answers_are_the_same_on_every_rank(one, measured, layout, case):
     assert len({tuple(tokens) for tokens in one[case]["sampled"]["tokens"]}) > GROUP_SIZE
 
 
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_decode_of_fixed_shapes_gives_the_same_answers_or_is_refused(one, measured, layout, case):
+    for found in (rank[case] for rank in measured[layout]):
+        if "pp" in layout:
+            assert "model.pipeline_model_parallel_size is 2, expected 1" in found["fixed"]
+            continue
+        for part in ("tokens", "truncated"):
+            assert found["fixed"][part] == expected_rows(one[case]["sampled"][part], found["rows"])
+        expected = expected_rows(one[case]["sampled"]["logprobs"], found["rows"])
+        torch.testing.assert_close(found["fixed"]["logprobs"], expected, atol=AFTER_UPDATE, rtol=0)
+
+
 @pytest.mark.parametrize("step", ["distillation", "policy_gradient"])
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("layout", PARALLEL)

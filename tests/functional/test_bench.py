@@ -2,6 +2,7 @@
 """The benchmark at its smallest: every table is filled. What it measures is not asserted, speeds least of all."""
 
 import rba_bench
+import rba_bench_synthesis
 from bench import generation, memory, training
 from bench.systems import Load, Size, answer_ours, load_ours, noise_clips, write_salm
 
@@ -28,6 +29,14 @@ def test_memory_is_counted_from_loading(tmp_path):
     assert 0 < loaded <= peak
     model = load_ours(tmp_path)
     assert answer_ours(model, noise_clips(model, 2, 1.0), load).shape == (4, 3)
+
+
+def test_tables_of_synthesis(tmp_path):
+    text = rba_bench_synthesis.tables(clips=3, repeats=1, ranks=[1, 2], items=[5], texts=60)
+    assert text.count("\n## ") == 4
+    assert "| synthesizer alone |" in text
+    dropped = [row.split("|")[3].strip() for row in text.splitlines() if row.startswith(("| exact", "| MinHash"))]
+    assert dropped == ["0", "5"], "six near copies, the first of which comes before what it copies"
 
 
 def test_slope():

@@ -2,14 +2,17 @@
 """The policy: gradients against plain autograd, and the invariances of its batches."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from tiny_models import load_speech_lm, make_batch
 
 from nemo_rba.algorithms.collate import collate, prompt_index
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss
-from nemo_rba.algorithms.policy import FrozenPolicy, MegatronPolicy
+from nemo_rba.algorithms.policy import FixedDecodePolicy, FrozenPolicy, MegatronPolicy
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts
 from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
@@ -24,6 +27,7 @@ SETTINGS = dict(
     recompute=False,
     distributed_optimizer=False,
 )
+CONF = Path(__file__).resolve().parents[3] / "conf"
 FROZEN_ENCODER = ["^perception\\.(preprocessor|encoder)"]
 
 
@@ -282,3 +286,56 @@ def test_bfloat16_learns_with_float32_main_weights(qwen3_salm, speech_batch, dis
     assert {p.dtype for group in policy.optimizer.param_groups for p in group["params"]} == {torch.float32}
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
     assert losses["bfloat16"][-1] < 0.2 * losses["bfloat16"][0]
+
+
+def composed(recipe, *overrides):
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose(recipe, overrides=list(overrides)).policy
+
+
+def test_one_override_makes_any_policy_sample_in_fixed_shapes():
+    for recipe, overrides in {"rba_tiny": [], "rba_8b_lora": ["policy.lora.rank=8"]}.items():
+        plain, fixed = (
+            composed(recipe, *overrides),
+            composed(recipe, "+decode@policy=fixed", "policy.decode.keep=false", *overrides),
+        )
+        assert fixed._target_.endswith(".FixedDecodePolicy")
+        assert fixed.decode.keep is False
+        assert {key for key in fixed if key not in plain} == {"decode"}
+        assert all(fixed[key] == value for key, value in plain.items() if key != "_target_")
+
+
+def test_fixed_shapes_give_the_same_answers_before_and_after_an_update(llama_salm, speech_batch):
+    cfg = composed("rba_tiny", "+decode@policy=fixed")
+    plain, fixed = (
+        instantiate(settings)(model=load_speech_lm(llama_salm[0]), keep_start=True)
+        for settings in (composed("rba_tiny"), cfg)
+    )
+    assert (type(plain), type(fixed)) == (MegatronPolicy, FixedDecodePolicy)
+    params, words = SamplingParams(max_new_tokens=20, seed=4), []
+
+    def compare():
+        both = [policy.generate(speech_batch, group_size=4, params=params) for policy in (plain, fixed)]
+        for one, other in zip(*both, strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+            assert (one.prompt_index, one.truncated) == (other.prompt_index, other.truncated)
+            torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
+        words.append([rollout.response for rollout in both[0]])
+
+    compare()
+    _, whole = rollout_batch(plain, speech_batch, policy_gradient())
+    for policy in (plain, fixed):
+        policy.forward_backward(whole, policy_gradient())
+        policy.step(1e-2)
+    compare()
+    with plain.at_start(), fixed.at_start():
+        compare()
+    compare()
+    assert words[0] == words[2] != words[1] == words[3]
+
+
+def test_pipeline_stages_and_fixed_shapes_are_refused_when_a_policy_is_built(llama_salm, monkeypatch):
+    model = load_speech_lm(llama_salm[0])
+    monkeypatch.setattr("nemo_rba.distributed.pipeline.num_stages", lambda: 2)
+    with pytest.raises(ValueError, match="leave `decode` out"):
+        instantiate(composed("rba_tiny", "+decode@policy=fixed"))(model=model, keep_start=False)

@@ -311,6 +311,7 @@ def test_targets_reach_the_manifest_and_are_not_asked_for(tmp_path):
         ("translation", "Translate into German.", "de")
     }
     assert check_manifest(tmp_path / "train").problems == []
+    assert card["splits"]["train"]["languages"] == {"not told to de": 3}
     assert card["dropped"] == {"sampler: garbage": 1}
     assert [row["text"] for row in rows_of(tmp_path, "dropped.jsonl")] == ["?"]
 
