@@ -107,7 +107,7 @@ class SpeechLoader:
     """Iterable over the ``SpeechBatch``es of one epoch; iterate again for the next, without end.
 
     With ``drop_last`` (training) the batches are one stream cut into epochs: an iteration broken off is taken up
-    by the next. Without it (evaluation) every iteration is the whole set.
+    by the next. Without it (evaluation) every iteration is the whole set, the longest clips first.
 
     It always knows its length, so that Lightning does not fetch ahead of the batch it is processing and the state saved
     after a step is the state of that step. Lightning finds ``state_dict``/``load_state_dict`` here and saves them with
@@ -147,6 +147,8 @@ class SpeechLoader:
         self._cuts = self._read()
         if num_items is not None:
             self._cuts = self._draw(num_items, seed)
+        if not (shuffle or drop_last):  # evaluation: little padding, and memory runs out at once or never
+            self._cuts.sort(key=lambda cut: -cut.duration)
         self._digest = hashlib.sha256("\n".join(cut.id for cut in self._cuts).encode()).hexdigest()
         self.sampler = EpochSampler(
             num_items=len(self._cuts),

@@ -233,7 +233,7 @@ def _samples(
         {p.id: p for p in predictions if p.task == condition.name and p.system == roles.seeds(label)[0]}
         for label in (roles.start, roles.arms[0], roles.teacher)
     )
-    change = {id: after[id].value - before[id].value for id in before}
+    change = {id: after[id].value - before[id].value for id in sorted(before)}
     rng = np.random.default_rng(seed)
     rows = []
     for verdict, sign in (("better", 1), ("worse", -1)):

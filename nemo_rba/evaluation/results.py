@@ -177,9 +177,9 @@ def _by_system(condition: str, predictions: list[Prediction], roles: Roles) -> d
 
 
 def _pair(condition: str, predictions: list[Prediction], systems: Sequence[str]) -> dict[str, list[Prediction]]:
-    """System -> its predictions, all in the same order of items; checks that they pair."""
+    """System -> its predictions, ordered by id, whatever the order of asking was; checks that they pair."""
     table = {s: {p.id: p for p in predictions if p.system == s} for s in systems}
-    ids = list(next(iter(table.values())))
+    ids = sorted(next(iter(table.values())))
     for system, answers in table.items():
         if set(answers) != set(ids):
             odd = sorted(set(answers) ^ set(ids))[:3]

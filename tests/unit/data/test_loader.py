@@ -5,10 +5,13 @@ from collections import Counter
 
 import pytest
 import torch
+from lhotse import CutSet
 
 from nemo_rba.data.loader import EpochSampler
 from nemo_rba.manifest import write_shar
 from nemo_rba.types import Instruction, Utterance
+
+from .conftest import tone
 
 
 def ids(batch) -> list[str]:
@@ -34,6 +37,16 @@ def test_an_epoch_in_manifest_order(items, make_loader):
     loader = make_loader(items(5), shuffle=False, drop_last=False)
     assert len(loader) == 3
     assert epoch_of(loader) == epoch_of(loader) == [names(0, 1), names(2, 3), names(4)]
+
+
+def test_evaluation_begins_with_the_longest_clips(make_loader, cut_of, tmp_path):
+    lengths = {"short": 400, "long": 1200, "also short": 400, "middle": 800}
+    CutSet.from_cuts([cut_of(name, tone(0.1, n)) for name, n in lengths.items()]).to_jsonl(tmp_path / "some.jsonl")
+    manifest, evaluation = tmp_path / "some.jsonl", {"shuffle": False, "drop_last": False}
+    assert epoch_of(make_loader(manifest, **evaluation)) == [["long", "middle"], ["short", "also short"]]
+    ranks = [epoch_of(make_loader(manifest, **evaluation, batch_size=1, world_size=2, rank=rank)) for rank in (0, 1)]
+    assert ranks == [[["long"], ["short"]], [["middle"], ["also short"]]]
+    assert flat(epoch_of(make_loader(manifest, shuffle=False))) == list(lengths)
 
 
 def test_every_epoch_is_another_permutation(items, make_loader):

@@ -142,14 +142,14 @@ def test_any_two_systems_are_compared(predictions):
     assert ter.value == pytest.approx(expected)
     assert ter.value < 0, "fewer edits"
     assert ter.p_value == 1 / 201
-    plain = compare(synthetic.make_predictions(50), ["rba-0"], ["cascade"], num_draws=200, seed=1)
+    some = sorted(synthetic.make_predictions(50), key=lambda p: p.id)
+    plain = compare(some, ["rba-0"], ["cascade"], num_draws=200, seed=1)
     both = [
-        np.array(
-            [[p.value, p.weight] for p in synthetic.make_predictions(50) if (p.system, p.task) == (name, "seen voices")]
-        )
+        np.array([[p.value, p.weight] for p in some if (p.system, p.task) == (name, "seen voices")])
         for name in ("rba-0", "cascade")
     ]
     assert plain["seen voices"][""].p_value == randomisation_test(*both, num_draws=200, seed=1)
+    assert compare(some[::-1], ["rba-0"], ["cascade"], num_draws=200, seed=1) == plain, "whatever the order of asking"
     with pytest.raises(ValueError, match="'ghost' answered other items"):
         compare(predictions, ["start"], ["ghost"], num_draws=9, seed=0)
 
