@@ -10,12 +10,14 @@ results are in percent. A task whose measure is paid for, such as a judge's, say
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import kaldialign
 import numpy as np
 import torch
 
+from nemo_rba.distributed.once import once_per_model
 from nemo_rba.evaluation.measures import LENGTH_CONTROLLED, Statistics, item_share, set_score, short_name
 from nemo_rba.protocols import EvalTask, Metrics, RewardFunction
 from nemo_rba.rewards.judge import Accounted, baseline
@@ -130,19 +132,29 @@ class InstructionFollowingTask:
         return metrics
 
 
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """A reward by a name that ``once_per_model`` can call."""
+
+    reward: RewardFunction
+
+    def scores(self, answers: Sequence[tuple[Instruction, str]]) -> list[float]:
+        return self.reward([as_rollout(instruction, response) for instruction, response in answers]).tolist()
+
+
 class _Rewarded:
-    """Scores of a reward, asked for once for each answer, and what they have cost."""
+    """Scores of a reward, asked for once for each answer and model, and what they have cost."""
 
     def __init__(self, reward: RewardFunction, prices: Mapping[str, float] | None):
         self._reward = reward
+        self._judge = once_per_model(lambda: _Judge(reward))
         self._prices = dict(prices or {})
         self._known: dict[tuple[str, str], float] = {}  # (id, answer) -> score
 
     def prepare(self, answers: Sequence[tuple[Instruction, str]]) -> None:
         if not answers:
             return
-        scores = self._reward([as_rollout(instruction, response) for instruction, response in answers])
-        for (instruction, response), score in zip(answers, scores.tolist(), strict=True):
+        for (instruction, response), score in zip(answers, self._judge.scores(answers), strict=True):
             self._known[instruction.id, response] = score
 
     def score(self, instruction: Instruction, response: str) -> float:
