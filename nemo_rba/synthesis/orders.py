@@ -5,7 +5,7 @@ One process, the foreman, knows what is to be done next. It places orders; whoev
 the result where the order says; the foreman works too, so a job of one process needs nobody else, and others may come
 late or die. Taking is a rename, which only one can win:
 
-    open.json                     whose orders these are; written when the folder is ready
+    open.json                     whose orders these are; touched by the foreman while alive
     <kind>.<name>.json            an order that nobody has taken
     <kind>.<name>.json.by-<who>   one that is being worked on; whoever does it touches the file while alive
     closed.json                   no more will come, and why
@@ -29,6 +29,7 @@ from nemo.utils import logging
 SCRATCH = "scratch"  # in the folder: what is not finished; it goes when the folder is opened, or closed for good
 ALIVE_SECONDS = 5.0  # between two signs of life
 LOST_SECONDS = 60.0  # without one
+FOREMAN_LOST_SECONDS = 600.0  # of the first rank, without whom nothing goes on
 POLL_SECONDS = 0.1  # how often one who has nothing to do looks
 WARN_SECONDS = 60.0  # between two lines of one who waits for the foreman
 
@@ -64,6 +65,7 @@ class Orders:
             shutil.rmtree(old, ignore_errors=True)
         self._folder.mkdir(parents=True)
         self._write("open.json", {"identity": self._identity})
+        self._held.add(self._folder / "open.json")
         self._life.start()
 
     def close(self, problem: BaseException | None) -> None:
@@ -125,9 +127,14 @@ class Orders:
         """Take orders until the folder is closed, or opened anew.
 
         Raises:
-            ValueError: the foreman gave up; with its reason.
+            ValueError: the foreman gave up; with its reason. Or he has shown no sign of life for a long time.
         """
         while not self.has_ended():
+            if self._seconds_silent(self._folder / "open.json") > FOREMAN_LOST_SECONDS:
+                raise ValueError(
+                    f"the first rank has shown no sign of life for {FOREMAN_LOST_SECONDS:g} s; start the job again, it "
+                    "goes on where it was"
+                )
             if self._problem is not None:  # of the thread beside
                 raise self._problem
             if not self._work_once(handlers):
@@ -176,9 +183,11 @@ class Orders:
             if self._rank > 0 and not path.exists():  # its place may have gone with it
                 logging.warning(f"{path.name} is void, as another has done it: {problem}")
                 return True
-            if self._rank > 0 and not self.has_ended():
+            if self._rank > 0 and isinstance(problem, Exception) and not self.has_ended():
                 told = {"rank": self._rank, "problem": str(problem), "trace": traceback.format_exc()}
                 self._write(f"{path.name}.failed", told)
+            elif self._rank > 0:  # one who is called away leaves the order to others
+                self._give_back(path)
             raise
         finally:
             self._held.discard(path)
@@ -203,20 +212,27 @@ class Orders:
         return any(path.name.split(".")[0] in kinds for path in self._folder.glob("*.json*"))
 
     def _place_lost_again(self) -> None:
-        now = time.monotonic()
         found = {path for path in self._folder.glob("*.json.by-*") if path not in self._held}
         self._seen = {path: sign for path, sign in self._seen.items() if path in found}
         for path in found:
-            try:
-                alive = path.stat().st_mtime
-                known, since = self._seen.get(path, (None, now))
-                self._seen[path] = (alive, since if alive == known else now)
-                if now - self._seen[path][1] > LOST_SECONDS:
-                    name = path.name.partition(".by-")[0]
-                    logging.warning(f"no sign of life of {path.name}: {name} is placed again")
-                    path.rename(path.with_name(name))
-            except FileNotFoundError:  # done in this moment
-                continue
+            if self._seconds_silent(path) > LOST_SECONDS:
+                logging.warning(f"no sign of life of {path.name}: it is placed again")
+                self._give_back(path)
+
+    def _seconds_silent(self, path: Path) -> float:
+        """Since the last sign of life was seen, by our own clock; 0 where the file is gone."""
+        now = time.monotonic()
+        try:
+            alive = path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+        known, since = self._seen.get(path, (None, now))
+        self._seen[path] = (alive, since if alive == known else now)
+        return now - self._seen[path][1]
+
+    def _give_back(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):  # done in this moment
+            path.rename(path.with_name(path.name.partition(".by-")[0]))
 
     def _show_life(self) -> None:
         while not self._ended.wait(ALIVE_SECONDS):

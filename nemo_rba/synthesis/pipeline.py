@@ -164,7 +164,9 @@ class SelfSynthesis:
     def _have_done(self, kind: str, orders: Mapping[str, dict]) -> None:
         for name, order in orders.items():
             self._orders.place(kind, name, order)
-        self._orders.wait([kind], self._work.handlers, meanwhile=lambda: None)
+        results = [self._work.part(order["index"], kind) for order in orders.values()]
+        while not all(path.exists() for path in results):  # a folder's listing may miss what is renamed meanwhile
+            self._orders.wait([kind], self._work.handlers, meanwhile=lambda: None)
 
     def _check_config(self, settings: dict) -> None:
         stored = self._output / "config.json"

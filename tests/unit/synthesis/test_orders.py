@@ -146,6 +146,35 @@ def test_what_goes_wrong_in_the_thread_beside_is_raised_as_it_was(foreman):
     thread.join()
 
 
+def test_one_that_is_called_away_leaves_its_order_to_others(foreman, tmp_path):
+    foreman.place("square", "0", {"number": 3})
+
+    def called_away(order):
+        raise KeyboardInterrupt
+
+    helper = another(foreman)
+    helper.join()
+    with pytest.raises(KeyboardInterrupt):
+        helper.work({"square": called_away})
+    foreman.wait(["square"], {"square": partial(write, tmp_path)}, meanwhile=lambda: None)
+    assert results(tmp_path) == {3: 9}
+
+
+def test_a_foreman_who_is_killed_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(orders_module, "FOREMAN_LOST_SECONDS", 0.5)
+    monkeypatch.setattr(orders_module, "ALIVE_SECONDS", 0.1)
+    foreman = FORK.Process(target=lambda: (Orders(tmp_path / "orders", rank=0, identity="me").open(), time.sleep(60)))
+    foreman.start()
+    helper = Orders(tmp_path / "orders", rank=1, identity="me")
+    helper.join()
+    threading.Timer(1.0, foreman.kill).start()
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"no sign of life for 0.5 s; start the job again"):
+        helper.work({})
+    assert time.monotonic() - begin > 1.0, "not while it lived"
+    foreman.join()
+
+
 def test_a_foreman_who_gives_up_says_why(foreman):
     helper = another(foreman)
     helper.join()
