@@ -62,6 +62,7 @@ setup(
         "requests",
         "torchmetrics",
         "safetensors",
+        "scikit-learn",
         "tqdm",
         "matplotlib",
     ],
