@@ -63,7 +63,7 @@ class Orders:
         if self._folder.exists():  # renamed first, so that nobody writes into what is being deleted
             old = self._folder.rename(self._folder.with_name(f".{self._folder.name}.{os.getpid()}.old"))
             shutil.rmtree(old, ignore_errors=True)
-        self._folder.mkdir(parents=True)
+        self._folder.mkdir(parents=True, exist_ok=True)  # one who has not noticed may have made it for his scratch
         self._write("open.json", {"identity": self._identity})
         self._held.add(self._folder / "open.json")
         self._life.start()

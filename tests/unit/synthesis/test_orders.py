@@ -208,6 +208,18 @@ def test_an_order_that_is_broken_off_is_not_put_in_place(foreman, tmp_path):
     assert results(tmp_path) == {}
 
 
+def test_one_who_still_works_for_a_foreman_that_was_killed_is_no_hindrance(foreman, tmp_path, monkeypatch):
+    again = Orders(tmp_path / "orders", rank=0, identity="me")
+    late = tmp_path / "orders" / orders_module.SCRATCH / "train.000000.1"
+    monkeypatch.setattr(orders_module.shutil, "rmtree", lambda *arguments, **keywords: late.mkdir(parents=True))
+    again.open()
+    assert late.exists()
+    assert another(foreman).join()
+    monkeypatch.undo()
+    again.close(None)
+    assert not late.exists()
+
+
 def test_other_settings_do_not_work_together(foreman):
     with pytest.raises(ValueError, match="rank 1 was started with other settings than the first rank"):
         another(foreman, identity="you").join()

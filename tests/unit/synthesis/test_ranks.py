@@ -17,7 +17,7 @@ from .test_pipeline import CONFIG, build, contents, make_splits
 FORK = multiprocessing.get_context("fork")  # a new interpreter would import everything again
 
 
-def noting(fake: type, folder, method: str, seconds: float = 0.15):
+def noting(fake: type, folder, method: str, seconds: float = 0.08):
     """The fake, which takes its time and leaves a file that names the process."""
 
     class Noting(fake):
