@@ -19,7 +19,7 @@ from nemo.utils import logging
 def tables(*, clips: int, repeats: int, ranks: Sequence[int], items: Sequence[int], texts: int) -> str:
     """All tables as Markdown."""
     sections = {
-        f"Speech beside the synthesizer alone: {clips} clips of 10 to 13 words": synthesis.stage_rows(
+        f"Speech beside the synthesizer alone: {clips} clips of 11 to 13 words": synthesis.stage_rows(
             synthesis.stages(clips=clips, num_words=10, repeats=repeats)
         ),
         f"Whole pipeline by ranks: {clips} clips": synthesis.ranks(clips=clips, num_words=10, numbers=ranks),

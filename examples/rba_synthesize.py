@@ -3,7 +3,7 @@
 
 python examples/rba_synthesize.py --config-name=rba_tiny
 torchrun --nproc_per_node=8 examples/rba_synthesize.py --config-name=rba_8b ...    # teacher and synthesizer on each GPU
-sbatch --array=0-31 ...                                                            # tasks that may come late, or die
+sbatch --array=0-31 --wrap 'python examples/rba_synthesize.py +array=true ...'      # tasks that may come late, or die
 
 Ranks share the output folder and nothing else; see nemo_rba/synthesis/orders.py.
 """
@@ -21,7 +21,10 @@ from nemo_rba.stages import Stages
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.num_threads)
     recipe.preflight(cfg)
-    rank = rank_without_groups()
+    try:
+        rank = rank_without_groups(array=cfg.get("array", False))
+    except ValueError as problem:
+        raise SystemExit(str(problem)) from None
     Stages(cfg.output, rank=rank).run(
         "synthesis",
         recipe.keys(cfg, recipe.SYNTHESIS),

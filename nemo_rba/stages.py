@@ -91,6 +91,7 @@ class Stages:
 
     def _follow(self, folder: Path, fingerprint: str, function: Callable[[Path], Any] | None) -> Path:
         """What a rank above 0 does while rank 0 runs a stage."""
+        logging.info(f"stage {folder.name}: rank {self.rank} follows the first one ({folder})")
         if function is not None:
             while not _has_fingerprint(folder / _ASKED, fingerprint):
                 time.sleep(_POLL_SECONDS)

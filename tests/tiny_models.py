@@ -170,3 +170,11 @@ def make_batch(prompt, seconds: list[float], contexts: list[str], responses: lis
         response_ids=pad_sequence(answers, batch_first=True, padding_value=prompt.pad_id),
         response_lens=torch.tensor([len(x) for x in answers]),
     )
+
+
+@torch.no_grad()
+def move(policy):
+    """Weights that training might have led to."""
+    torch.manual_seed(0)
+    for parameter in policy.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))

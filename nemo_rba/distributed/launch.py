@@ -50,16 +50,24 @@ def cluster_environment() -> ClusterEnvironment:
     return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else LightningEnvironment()
 
 
-def rank_without_groups() -> int:
+def rank_without_groups(*, array: bool) -> int:
     """This process among those of a job that share a disk and nothing else; also chooses its GPU.
 
-    torchrun's or srun's rank; in a SLURM array the tasks count on from each other, so an array of 4 with 8 processes
-    each has the ranks 0 to 31. 0 where nobody else was started.
+    torchrun's or srun's rank; 0 where nobody else was started.
+
+    Args:
+        array: whether the tasks of a SLURM array work on the same. They then count on from each other, so an array of
+            4 with 8 processes each has the ranks 0 to 31. Mostly they do not: each is a job of its own.
+
+    Raises:
+        ValueError: ``array``, but this is no task of a SLURM array.
     """
     environment = cluster_environment()
     alone = isinstance(environment, LightningEnvironment)
     rank, size = (0, 1) if alone else (environment.global_rank(), environment.world_size())
-    if "SLURM_ARRAY_TASK_ID" in os.environ:
+    if array and "SLURM_ARRAY_TASK_ID" not in os.environ:
+        raise ValueError("array=true, but SLURM_ARRAY_TASK_ID is not set; start this by sbatch --array=0-<n>")
+    if array:
         task = int(os.environ["SLURM_ARRAY_TASK_ID"]) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
         rank += task // int(os.environ.get("SLURM_ARRAY_TASK_STEP", 1)) * size
     if torch.cuda.is_available() and not alone:

@@ -150,6 +150,7 @@ class _Rewarded:
         self._judge = once_per_model(lambda: _Judge(reward))
         self._prices = dict(prices or {})
         self._known: dict[tuple[str, str], float] = {}  # (id, answer) -> score
+        self.account()  # so that a price of nothing is refused before anything is paid
 
     def prepare(self, answers: Sequence[tuple[Instruction, str]]) -> None:
         if not answers:

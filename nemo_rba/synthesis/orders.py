@@ -106,18 +106,16 @@ class Orders:
         """Foreman: an order. Of a kind, names are taken in alphabetical order."""
         self._write(f"{kind}.{name}.json", content)
 
-    def wait(self, kinds: Collection[str], handlers: Mapping[str, Handler], meanwhile: Callable[[], None]) -> None:
-        """Foreman: until no order of ``kinds`` is left, work on those that ``handlers`` know.
+    def wait(self, done: Callable[[], bool], handlers: Mapping[str, Handler]) -> None:
+        """Foreman: until ``done()``, work on orders that ``handlers`` know.
 
-        Args:
-            meanwhile: called again and again.
+        What is done is told by results, not by orders that are gone: a listing may miss what is being renamed.
 
         Raises:
             BaseException: what went wrong in this process, as it was; ``ValueError`` for what went wrong elsewhere.
         """
-        while self._left(kinds):
+        while not done():
             self.check()
-            meanwhile()
             if not self._work_once(handlers):
                 self._place_lost_again()
                 time.sleep(POLL_SECONDS)
@@ -207,9 +205,6 @@ class Orders:
                 self._touch(mine)
                 return kind, mine, order
         return None
-
-    def _left(self, kinds: Collection[str]) -> bool:
-        return any(path.name.split(".")[0] in kinds for path in self._folder.glob("*.json*"))
 
     def _place_lost_again(self) -> None:
         found = {path for path in self._folder.glob("*.json.by-*") if path not in self._held}

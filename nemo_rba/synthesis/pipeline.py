@@ -84,7 +84,7 @@ class SelfSynthesis:
             raise ValueError(f"synthesis.on_change is {on_change!r}; expected 'refuse' or 'restart'")
         if batches_at_once < 1:
             raise ValueError(f"synthesis.batches_at_once is {batches_at_once}; expected at least 1")
-        self._teacher_name, self._splits, self._train_split = teacher_name, splits, train_split
+        self._teacher_name, self._splits = teacher_name, splits
         self._max_batches, self._allow_fewer, self._on_change = max_batches, allow_fewer, on_change
         self._output, self._quality, self._seed = Path(output), quality, seed
         self._work = TextWork(
@@ -165,8 +165,7 @@ class SelfSynthesis:
         for name, order in orders.items():
             self._orders.place(kind, name, order)
         results = [self._work.part(order["index"], kind) for order in orders.values()]
-        while not all(path.exists() for path in results):  # a folder's listing may miss what is renamed meanwhile
-            self._orders.wait([kind], self._work.handlers, meanwhile=lambda: None)
+        self._orders.wait(lambda: all(path.exists() for path in results), self._work.handlers)
 
     def _check_config(self, settings: dict) -> None:
         stored = self._output / "config.json"

@@ -78,9 +78,7 @@ class Shards:
 
     def wait(self) -> None:
         """Until all that were added are done."""
-        while self._queue or self._waiting:
-            self._orders.wait(["speech"], {}, meanwhile=self.collect)
-            self.collect()
+        self._orders.wait(self._all_done, handlers={})
         for name, reasons in self._dropped.items():
             if reasons:
                 logging.warning(f"split {name}: {reasons.total()} of {self._begun[name]} clips dropped, not made up "
@@ -96,6 +94,10 @@ class Shards:
         split = next(split for split in self._splits if split.name == order["split"])
         items = [Instruction(**(item | {"aliases": tuple(item["aliases"])})) for item in order["items"]]
         return self._speech.make(items, split=split.name, shard=order["shard"], tts=split.tts, augment=split.augment)
+
+    def _all_done(self) -> bool:
+        self.collect()
+        return not (self._queue or self._waiting)
 
     def close(self) -> None:
         """No more is shown of how far the speech is."""

@@ -67,6 +67,9 @@ def check_splits(splits: Sequence[Split], train_split: str, response_params: Sam
             raise ValueError(f"split {split.name}: num_responses {split.num_responses} at response_params.temperature "
                              f"{response_params.temperature:g}; expected at least 1, and for several a temperature "
                              "above 0, or all would be the same")  # fmt: skip
+        if split.num_responses > 1 and split.instructions_of != split.name:
+            raise ValueError(f"split {split.name}: num_responses {split.num_responses}, but it speaks what "
+                             f"{split.instructions_of} has found; set it there, and 1 here")  # fmt: skip
         source = by_name[split.instructions_of]
         if source.instructions_of != source.name or split.size > source.size:
             raise ValueError(f"split {split.name} wants {split.size} instructions of {source.name}, which finds "

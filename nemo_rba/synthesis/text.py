@@ -175,10 +175,8 @@ class TextStage:
 
     def _sample(self, indices: range) -> list[_Batch]:
         rows = {i: read_jsonl(self._path(i)) if self._path(i).exists() else None for i in indices}
-        orders = {batch_name(i): {"index": i} for i in indices if rows[i] is None}
-        orders = {
-            name: order for name, order in orders.items() if not self._work.part(order["index"], "sample").exists()
-        }
+        absent = [i for i in indices if rows[i] is None and not self._work.part(i, "sample").exists()]
+        orders = {batch_name(i): {"index": i} for i in absent}
         if hasattr(self._work.sampler, "learn"):  # it remembers, and the others do not know what
             for order in orders.values():
                 self._work.sample(order)()

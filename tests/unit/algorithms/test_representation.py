@@ -9,7 +9,7 @@ import recipe
 import torch
 from one_word import clipped, make, speech_batch
 from test_configs import load
-from tiny_models import load_speech_lm, make_batch
+from tiny_models import load_speech_lm, make_batch, move
 
 from nemo_rba.algorithms.advantage import GreedyBaseline, LeaveOneOut, NoAdvantage, PerRewardNormalized
 from nemo_rba.algorithms.collate import select, select_prompts
@@ -50,14 +50,6 @@ def make_policy(folder, micro_batch_size=8, freeze="^perception", keep_start=Tru
         micro_batch_size=micro_batch_size, weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-8, max_grad_norm=1.0,
         recompute=True, distributed_optimizer=False,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def move(policy):
-    """Weights that training might have led to."""
-    torch.manual_seed(0)
-    for parameter in policy.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 @pytest.fixture(scope="module", params=["llama_salm", "qwen3_salm"])

@@ -10,7 +10,7 @@ import recipe
 import torch
 from one_word import FakePolicy, clipped, make, speech_batch
 from test_configs import load
-from tiny_models import load_speech_lm, make_batch
+from tiny_models import load_speech_lm, make_batch, move
 
 from nemo_rba.algorithms.advantage import NoAdvantage
 from nemo_rba.algorithms.objectives import DistillationLoss
@@ -56,14 +56,6 @@ def make_policy(folder, freeze=ALL, micro_batch_size=8, recompute=False, keep_st
         micro_batch_size=micro_batch_size, weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-8, max_grad_norm=1.0,
         recompute=recompute, distributed_optimizer=False,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def move(policy):
-    """Weights that training might have led to."""
-    torch.manual_seed(0)
-    for parameter in policy.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 def gradients(policy):

@@ -159,4 +159,4 @@ def test_nothing_is_told_where_nothing_is_paid_for():
     settings = {"name": "a", "batches": list, "reward": reward, "kinds": {}}
     assert RewardTask(**settings, prices=None).account() == {}
     with pytest.raises(ValueError, match=r"task.prices has \['prompt tokens'\], but nothing is counted"):
-        RewardTask(**settings, prices={"prompt tokens": 1.0}).account()
+        RewardTask(**settings, prices={"prompt tokens": 1.0})

@@ -33,6 +33,11 @@ def write(folder, order):
     return partial((folder / f"{order['number']}.txt").write_text, text)
 
 
+def all_gone(foreman):
+    """``done`` for orders whose results are not looked at."""
+    return lambda: not list(foreman._folder.glob("s*.json*"))
+
+
 def results(folder) -> dict[int, int]:
     return {int(path.stem): int(path.read_text().split()[0]) for path in folder.glob("*.txt")}
 
@@ -40,10 +45,8 @@ def results(folder) -> dict[int, int]:
 def test_a_job_of_one_does_everything_itself(foreman, tmp_path):
     for number in range(5):
         foreman.place("square", f"{number}", {"number": number})
-    looked = []
-    foreman.wait(["square"], {"square": partial(write, tmp_path)}, meanwhile=lambda: looked.append(1))
+    foreman.wait(lambda: len(results(tmp_path)) == 5, {"square": partial(write, tmp_path)})
     assert results(tmp_path) == {number: number**2 for number in range(5)}
-    assert len(looked) == 5
     assert [path.name for path in (tmp_path / "orders").iterdir()] == ["open.json"]
 
 
@@ -64,7 +67,7 @@ def test_every_order_is_taken_once_and_kinds_in_their_order(foreman, tmp_path):
     threads = [threading.Thread(target=helper.work, args=({"sooner": note, "square": note},)) for helper in helpers]
     for thread in threads:
         thread.start()
-    foreman.wait(["square", "sooner"], {"sooner": note, "square": note}, meanwhile=lambda: None)
+    foreman.wait(all_gone(foreman), {"sooner": note, "square": note})
     assert sorted(done) == [*range(40), *range(100, 140)]
     assert {number >= 100 for number in done[:30]} == {True}
     foreman.close(None)
@@ -95,7 +98,7 @@ def test_one_that_is_killed_costs_its_order_only(foreman, tmp_path, monkeypatch)
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    foreman.wait(["square"], {"square": partial(write, tmp_path)}, meanwhile=lambda: None)
+    foreman.wait(all_gone(foreman), {"square": partial(write, tmp_path)})
     assert results(tmp_path) == {number: number**2 for number in range(4)}
 
 
@@ -115,7 +118,7 @@ def test_one_that_works_long_is_not_taken_for_lost(foreman, tmp_path, monkeypatc
     thread = threading.Thread(target=helper.work, args=({"square": slow},))
     thread.start()
     began.wait()
-    foreman.wait(["square"], {"square": lambda order: pytest.fail("done twice")}, meanwhile=lambda: None)
+    foreman.wait(all_gone(foreman), {"square": lambda order: pytest.fail("done twice")})
     assert results(tmp_path) == {3: 9}
     foreman.close(None)
     thread.join()
@@ -132,7 +135,7 @@ def test_what_goes_wrong_elsewhere_is_told_with_its_rank(foreman):
     with pytest.raises(ValueError, match="cannot square 3"):
         helper.work({"square": fail})
     with pytest.raises(ValueError, match=r"rank 7: cannot square 3\nTraceback"):
-        foreman.wait(["square"], {}, meanwhile=lambda: None)
+        foreman.wait(all_gone(foreman), {})
 
 
 def test_what_goes_wrong_in_the_thread_beside_is_raised_as_it_was(foreman):
@@ -142,7 +145,7 @@ def test_what_goes_wrong_in_the_thread_beside_is_raised_as_it_was(foreman):
     foreman.place("square", "0", {})
     thread = foreman.work_beside({"square": fail})
     with pytest.raises(KeyboardInterrupt):
-        foreman.wait(["square"], {}, meanwhile=lambda: None)
+        foreman.wait(all_gone(foreman), {})
     thread.join()
 
 
@@ -156,7 +159,7 @@ def test_one_that_is_called_away_leaves_its_order_to_others(foreman, tmp_path):
     helper.join()
     with pytest.raises(KeyboardInterrupt):
         helper.work({"square": called_away})
-    foreman.wait(["square"], {"square": partial(write, tmp_path)}, meanwhile=lambda: None)
+    foreman.wait(all_gone(foreman), {"square": partial(write, tmp_path)})
     assert results(tmp_path) == {3: 9}
 
 
@@ -204,7 +207,7 @@ def test_an_order_that_is_broken_off_is_not_put_in_place(foreman, tmp_path):
         raise Closed
 
     foreman.place("square", "0", {"number": 3})
-    foreman.wait(["square"], {"square": broken_off}, meanwhile=lambda: None)
+    foreman.wait(all_gone(foreman), {"square": broken_off})
     assert results(tmp_path) == {}
 
 

@@ -241,12 +241,20 @@ def test_clips_that_fail_are_dropped_and_counted(tmp_path):
         ({"train": {"shares": {"open": 0.5, "closed": 0.6}}}, r"add up to 1.1; expected 1"),
         ({"train": {"size": 10**14}}, "free some space"),
         ({"train": {"num_responses": 2}}, r"num_responses 2 at response_params.temperature 0; expected"),
+        ({"test_seen": {"num_responses": 0}}, "num_responses 0 at"),
     ],
 )
 def test_splits_that_contradict_each_other_are_refused(tmp_path, changes, message):
     greedy = SamplingParams(max_new_tokens=9, temperature=0.0)
     with pytest.raises(ValueError, match=message):
         build(tmp_path, splits=make_splits(FakeTTS(["a", "b"]), **changes), response_params=greedy)
+
+
+def test_several_answers_are_the_business_of_the_split_that_asks(tmp_path):
+    splits = make_splits(FakeTTS(["a", "b"]), test_seen={"num_responses": 2})
+    sampled = SamplingParams(max_new_tokens=9, temperature=1.0)
+    with pytest.raises(ValueError, match="split test_seen: num_responses 2, but it speaks what test has found"):
+        build(tmp_path, splits=splits, response_params=sampled)
 
 
 def test_an_unusable_output_is_refused(tmp_path):
