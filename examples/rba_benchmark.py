@@ -7,9 +7,10 @@ python examples/rba_benchmark.py benchmark=trivia_qa source=folder target=shar_f
 
 from pathlib import Path
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from nemo.core.config import hydra_runner
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rba.benchmarks.writing import read_summary, render, write_benchmark
@@ -46,7 +47,10 @@ def _resolved(cfg: DictConfig) -> dict:
 
 @hydra_runner(config_path="../conf", config_name="rba_benchmark")
 def main(cfg: DictConfig) -> None:
-    print(convert(cfg))
+    try:
+        print(convert(cfg))
+    except (ValueError, InstantiationException, MissingMandatoryValue) as problem:
+        raise SystemExit(str(problem)) from None
 
 
 if __name__ == "__main__":

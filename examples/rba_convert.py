@@ -6,10 +6,11 @@ python examples/rba_convert.py source=model.nemo target=salm_folder
 
 from pathlib import Path
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from nemo.core.config import hydra_runner
 from nemo.utils import logging
-from omegaconf import DictConfig
+from omegaconf import DictConfig, MissingMandatoryValue
 
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 
@@ -36,7 +37,10 @@ def convert(cfg: DictConfig) -> None:
 
 @hydra_runner(config_path="../conf", config_name="rba_convert")
 def main(cfg: DictConfig) -> None:
-    convert(cfg)
+    try:
+        convert(cfg)
+    except (ValueError, InstantiationException, MissingMandatoryValue) as problem:
+        raise SystemExit(str(problem)) from None
 
 
 if __name__ == "__main__":

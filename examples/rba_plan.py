@@ -19,9 +19,11 @@ from hydra.utils import instantiate
 from nemo.core.config import hydra_runner
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_rba.algorithms.representation import RepresentationLoss
 from nemo_rba.conversion.families import gpt_arguments
 from nemo_rba.conversion.foreign import refuse_foreign_code
 from nemo_rba.conversion.hf import config_from_dict, expected_tensors, load_hf_config, read_json
+from nemo_rba.modules.states import chosen_layers
 from nemo_rba.plan.memory import Sizes, judging_bytes, total_parameters
 from nemo_rba.plan.report import GIB, Job, make_plan, render
 from nemo_rba.plan.shapes import Layout, Stage, build_perception, build_stages, num_frames
@@ -83,6 +85,7 @@ def make_job(cfg: DictConfig, llm, layout: Layout, frames: int, adapter_width: i
     judged = objective.needs_teacher or objective.teacher_topk
     teacher = judged and str(cfg.teacher.get("device", "")).startswith(cfg.trainer.accelerator.replace("gpu", "cuda"))
     weights, judging = teacher_memory(cfg, llm, cfg.data.batch_size * group_size, tokens) if teacher else (0, 0)
+    decode = cfg.policy.get("decode") or {"prompt_multiple": 0, "keep": False}
     return Job(
         layout=layout,
         batch_size=cfg.data.batch_size,
@@ -99,6 +102,9 @@ def make_job(cfg: DictConfig, llm, layout: Layout, frames: int, adapter_width: i
         frames=frames,
         adapter_width=adapter_width,
         needs_reference=objective.needs_reference or cfg.get("representation") is not None,
+        compared_layers=_compared_layers(cfg, llm),
+        prompt_multiple=decode["prompt_multiple"],
+        keeps_cache=decode["keep"],
         teacher_bytes=weights,
         judging_bytes=judging,
         recompute=cfg.policy.recompute,
@@ -106,6 +112,14 @@ def make_job(cfg: DictConfig, llm, layout: Layout, frames: int, adapter_width: i
         gpu_bytes=int(cfg.plan.gpu_gib * GIB),
         reserved_bytes=int(cfg.plan.reserved_gib * GIB) if cfg.trainer.accelerator == "gpu" else 0,
     )
+
+
+def _compared_layers(cfg: DictConfig, llm) -> int:
+    """Of a loss on hidden states; a reward on them needs less than an update does."""
+    term = instantiate(cfg.get("representation"))
+    if not isinstance(term, RepresentationLoss):
+        return 0
+    return len(chosen_layers(term.layers, llm.num_hidden_layers))
 
 
 def plan(cfg: DictConfig) -> dict:

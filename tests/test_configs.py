@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from study.runs import Run, config
 
 CONF = Path(__file__).parent.parent / "conf"
 RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -131,6 +132,16 @@ def test_preflight_lets_choices_pass_that_go_together(overrides):
     assert ("importance" in main) == any("importance" in override for override in overrides)
     assert not any("importance" in rival or "kl_controller" in rival for rival in rivals)
     assert all(rival.schedule.peak == 2e-4 for rival in rivals), "the rivals keep their schedule"
+
+
+@pytest.mark.parametrize("arm", load("rba_study").arms)
+def test_preflight_lets_every_arm_of_the_study_pass(arm):
+    study = load("rba_study")
+    with initialize_config_dir(str(CONF), version_base=None):
+        cfg = config(study, Run(arm=arm, prompts=300, learning_rate=1e-4, seed=1))
+    recipe.preflight(cfg)
+    assert cfg.exp_manager.checkpoint_callback_params.monitor == "val/obeys"
+    assert "obeys" in cfg.reward.parts, "what every arm is chosen by"
 
 
 def test_defaults_live_in_conf_only():

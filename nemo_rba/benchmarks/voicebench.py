@@ -25,18 +25,37 @@ from nemo_rba.types import Instruction, Utterance
 REGIONS = ("aus", "gbr", "ind_n", "ind_s", "irl", "kenya", "nga", "nzl", "phl", "usa", "zaf")  # of sd-qa's speakers
 DOMAINS = ("biology", "business", "chemistry", "economics", "engineering", "health", "history", "law", "other",
            "philosophy", "physics", "psychology")  # fmt: skip
+VOICES = tuple(
+    f"en_{voice}_0.0_0.0"
+    for voice in (
+        "AU_Wavenet_A_1.0",
+        "AU_Wavenet_B_1.0",
+        "GB_Wavenet_A_1.0",
+        "GB_Wavenet_B_1.0",
+        "IN_Wavenet_A_1.0",
+        "IN_Wavenet_B_1.0",
+        "US_Wavenet_A_0.5",
+        "US_Wavenet_A_1.0",
+        "US_Wavenet_A_1.5",
+        "US_Wavenet_A_2.0",
+        "US_Wavenet_C_1.0",
+    )
+)  # of alpacaeval_speaker: region, voice, speed, pitch, volume
 SPLITS = {
     **dict.fromkeys(("alpacaeval", "alpacaeval_full", "commoneval", "wildvoice", "advbench", "ifeval", "bbh",
-                     "openbookqa"), ("test",)),
+                     "openbookqa", "mtbench"), ("test",)),
+    "alpacaeval_speaker": VOICES,
     "sd-qa": REGIONS,
     "mmsu": DOMAINS,
 }  # fmt: skip
 LETTERS = ("A", "B", "C", "D")
 _COLUMNS = {
-    **dict.fromkeys(("sd-qa", "openbookqa", "mmsu"), ("reference",)),
-    "bbh": ("id", "reference"),
-    "ifeval": ("key", "instruction_id_list", "kwargs"),
-}  # besides audio and prompt, which all have
+    **dict.fromkeys(SPLITS, ("audio", "prompt")),
+    **dict.fromkeys(("sd-qa", "openbookqa", "mmsu"), ("audio", "prompt", "reference")),
+    "bbh": ("audio", "prompt", "id", "reference"),
+    "ifeval": ("audio", "prompt", "key", "instruction_id_list", "kwargs"),
+    "mtbench": ("audio1", "turns", "reference", "category", "question_id"),
+}
 _OPTION = re.compile(r"^([A-D])\.\s(.+)$", re.MULTILINE)  # "A. a marsh"
 _SPAN = re.compile(r"\[\d\d:\d\d:\d\d - \d\d:\d\d:\d\d\]")
 _TRAITS = re.compile(r"\(Gender: [^()]*\)")
@@ -45,12 +64,16 @@ _TRAITS = re.compile(r"\(Gender: [^()]*\)")
 class VoiceBench:
     """One subset of the Hugging Face data set ``hlt-lab/voicebench``, as it is stored: ``<subset>/<split>-*.parquet``.
 
-    Sources: the data set's card (``audio`` and ``prompt`` in all subsets; splits of sd-qa and mmsu), and the fields
-    that the authors' evaluators read (github.com/MatthewCYM/VoiceBench, ``src/evaluator``: ``reference`` of sd-qa,
-    openbookqa, mmsu and bbh, ``id`` of bbh, whose name says which task it is, ``key``, ``instruction_id_list`` and
-    ``kwargs`` of ifeval). Multiple-choice prompts hold their options as lines ``A. a marsh``; where a prompt has other
-    lines, its options are called ``option A`` and so on. mtbench (several turns) and alpacaeval_speaker
-    (alpacaeval_full in other synthetic voices) are left out.
+    Sources: the data set's card (``audio`` and ``prompt`` in all subsets but one; splits of sd-qa and mmsu), and the
+    fields that the authors' evaluators read (github.com/MatthewCYM/VoiceBench, ``src/evaluator``: ``reference`` of
+    sd-qa, openbookqa, mmsu and bbh, ``id`` of bbh, whose name says which task it is, ``key``, ``instruction_id_list``
+    and ``kwargs`` of ifeval). Multiple-choice prompts hold their options as lines ``A. a marsh``; where a prompt has
+    other lines, its options are called ``option A`` and so on.
+
+    The splits of alpacaeval_speaker (alpacaeval_full in other synthetic voices) and the columns of mtbench (``turns``,
+    their sound in ``audio1`` and ``audio2``, ``reference`` for some) are those that NeMo-Skills reads
+    (``nemo_skills/dataset/voicebench/prepare.py``). Of mtbench the first turns are asked, as there: a prompt has one
+    clip. The others are counted. The authors have no protocol for them (their issue 3).
 
     Args:
         folder: the data set's own folder.
@@ -73,7 +96,7 @@ class VoiceBench:
         self._shards = {s: tables.find_shards(place, s, ".parquet") for s in splits or SPLITS[subset]}
         files = [path for shards in self._shards.values() for path in shards]
         require_files(self.name, Path(folder), files, "hlt-lab/voicebench")
-        self._columns = ("audio", "prompt", *_COLUMNS.get(subset, ()))
+        self._columns = _COLUMNS[subset]
         for path in files:
             tables.require_columns(self.name, path, self._columns)
         self.counts: Counter[str] = Counter()
@@ -85,10 +108,14 @@ class VoiceBench:
         for split, shards in self._shards.items():
             rows = numbered(f"{self.name}-{self._subset}-{split}", tables.parquet_rows(shards, self._columns))
             for identity, row in rows:
-                yield identity, (split, row)
+                for asked in _turns(row):
+                    turn = asked.get("turn", 1)
+                    yield identity if turn == 1 else f"{identity}-turn-{turn}", (split, asked)
 
     def _utterance(self, identity: str, place: tuple[str, dict[str, Any]]) -> Utterance:
         split, row = place
+        if row.get("turn", 1) > 1:
+            raise Unusable("a turn after the first", "a prompt has one clip, and no answer before it")
         text = require_words(row["prompt"])
         response, extra = _expected(self._subset, row)
         return Utterance(
@@ -96,7 +123,7 @@ class VoiceBench:
                 id=identity,
                 text=text,
                 response=response,
-                task=self._subset if len(SPLITS[self._subset]) == 1 else f"{self._subset}-{split}",
+                task=_family(self._subset, split, row),
                 extra=extra,
             ),
             audio=read_embedded(row["audio"], self._sampling_rate),
@@ -105,10 +132,29 @@ class VoiceBench:
         )
 
 
+def _turns(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is asked in a row: the row itself, but of a conversation each turn (the first one is said in ``audio1``)."""
+    if "turns" not in row:
+        yield row
+        return
+    references = row["reference"] or []
+    for number, words in enumerate(row["turns"]):
+        answer = references[number] if number < len(references) else ""
+        yield {**row, "turn": number + 1, "audio": row["audio1"], "prompt": words, "reference": answer}
+
+
+def _family(subset: str, split: str, row: Mapping[str, Any]) -> str:
+    if subset == "mtbench":
+        return f"{subset}-{row['category']}"
+    return subset if len(SPLITS[subset]) == 1 else f"{subset}-{split}"
+
+
 def _expected(subset: str, row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(response, extra) of a row."""
     if subset == "ifeval":
         return "", {"key": row["key"], **read_constraints(row)}
+    if subset == "mtbench":
+        return row["reference"], {key: row[key] for key in ("question_id", "category")}
     if "reference" not in row:
         return "", {}
     response, _ = split_answers([row["reference"]])

@@ -194,6 +194,35 @@ def cache_copy_bytes(sizes: Sizes, batch: Microbatch) -> int:
     return int(KEEP_SHARE * position * batch.prompts * batch.group_size * batch.fed)
 
 
+def fixed_cache_bytes(stage: Stage, sizes: Sizes, batch: Microbatch, *, prompt_multiple: int) -> int:
+    """What ``modules.fixed_decode`` keeps: caches of whole length, rotary tables, and what a step reads and writes."""
+    b, rows, tokens = batch.prompts, batch.prompts * batch.group_size, batch.answer_tokens
+    room = batch.prompt_positions + -batch.prompt_positions % prompt_multiple
+    caches = 2 * stage.num_layers * sizes.groups * sizes.head_dim * sizes.itemsize * (b * room + rows * tokens)
+    unreal = b * sizes.groups * room * sizes.itemsize
+    rotary = 2 * (room + tokens) * sizes.head_dim * 4
+    answers = rows * (tokens * (8 + 8 + 4) + 8 + 8 + 1)  # random numbers, ids, log-probabilities; last, length, ended
+    return caches + unreal + rotary + answers + sizes.vocabulary * sizes.tensor_parallel_size + 16
+
+
+def prompt_cache_bytes(stage: Stage, sizes: Sizes, batch: Microbatch) -> int:
+    """Keys and values of the prompts as they are computed, before ``modules.fixed_decode`` takes them over."""
+    position = 2 * stage.num_layers * sizes.groups * sizes.head_dim * sizes.itemsize
+    return position * batch.prompts * batch.prompt_positions
+
+
+def compared_state_bytes(
+    sizes: Sizes, batch: Microbatch, *, layers: int, in_flight: int, waiting: int, recompute: bool
+) -> int:
+    """What a loss on hidden states adds at the height of an update, see ``modules.states.Attraction``.
+
+    Two fp32 copies of every compared state, with their norms, for the gradient, of one layer at a time where layers are
+    computed again; and the states to be like, of ``waiting`` microbatches that have not been compared yet.
+    """
+    graph = batch.logit_rows * (8 * sizes.hidden + 8) * (1 if recompute else layers * in_flight)
+    return graph + waiting * layers * batch.logit_rows * sizes.hidden * sizes.itemsize
+
+
 def sampling_bytes(sizes: Sizes, batch: Microbatch, *, top_p: bool) -> int:
     """Gathered scores of the next token and the fp64 probabilities they are drawn from."""
     rows = batch.prompts * batch.group_size

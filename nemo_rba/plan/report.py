@@ -32,6 +32,9 @@ class Job:
     frames: int
     adapter_width: int
     needs_reference: bool
+    compared_layers: int  # whose hidden states the loss compares with a reader's, at most; 0 where it does not
+    prompt_multiple: int  # of a decode of fixed shapes; 0 where answers are sampled as they are
+    keeps_cache: bool  # whether that decode keeps its memory through updates
     teacher_bytes: int  # weights on this GPU, 0 where it is not asked or elsewhere
     judging_bytes: int
     recompute: bool
@@ -108,6 +111,7 @@ def items(stage: Stage, sizes: Sizes, job: Job) -> list[Item]:
     ]  # fmt: skip
     if job.judging_bytes:
         lines.append(("judgement", "teacher's logits", job.judging_bytes, "lower teacher.batch_size"))
+    lines.sort(key=lambda line: line[0] != "always")  # a decode that keeps its memory adds to what stays
     return [Item(phase=phase, name=name, bytes=size, advice=advice) for phase, name, size, advice in lines]
 
 
@@ -119,17 +123,35 @@ def _update(stage: Stage, sizes: Sizes, job: Job) -> list[tuple[str, str, int, s
     )
     smaller = "lower policy.micro_batch_size" if batch.prompts > 1 else SHORTER
     less = smaller if job.recompute else f"set policy.recompute=true, or {smaller}"
-    return [
+    lines = [
         ("update", "activations", activations, less),
         ("update", "logits", memory.logit_bytes(sizes, batch) * stage.is_last, smaller),
         ("update", "working space", memory.working_bytes(stage, sizes, batch), smaller),
     ]
+    if job.compared_layers:
+        in_stages = job.layout.pipeline_parallel_size > 1  # then all microbatches are read before one is heard
+        compared = memory.compared_state_bytes(
+            sizes, batch, layers=min(job.compared_layers, stage.num_layers), in_flight=in_flight,
+            waiting=job.num_microbatches() if in_stages else int(job.recompute), recompute=job.recompute,
+        )  # fmt: skip
+        lines.append(("update", "compared states", compared, f"name fewer representation.layers, or {smaller}"))
+    return lines
 
 
 def _generation(stage: Stage, sizes: Sizes, job: Job) -> list[tuple[str, str, int, str]]:
     batch = job.generation()
     scores = memory.sampling_bytes(sizes, batch, top_p=job.top_p) * stage.is_last
     fewer = "lower policy.generation_batch_size"
+    if job.prompt_multiple:
+        fixed = memory.fixed_cache_bytes(stage, sizes, batch, prompt_multiple=job.prompt_multiple)
+        phase, less = (
+            ("always", f"set policy.decode.keep=false, or {fewer}") if job.keeps_cache else ("generation", fewer)
+        )
+        return [
+            (phase, "KV cache of fixed shape", fixed, less),
+            ("generation", "KV cache of prompts", memory.prompt_cache_bytes(stage, sizes, batch), fewer),
+            ("generation", "sampling", scores, fewer),
+        ]
     return [
         ("generation", "KV cache", memory.kv_cache_bytes(stage, sizes, batch), fewer),
         ("generation", "KV cache, copied", memory.cache_copy_bytes(sizes, batch), fewer),

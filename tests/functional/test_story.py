@@ -139,6 +139,7 @@ def test_chat_answers_a_stereo_file_of_another_rate(commands):
 def test_chat_refuses_a_file_that_is_not_there(commands):
     status, output = commands["chat about nothing"]
     assert "no such file" in output
+    assert "Traceback" not in output
     assert status != 0
 
 

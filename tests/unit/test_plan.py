@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan's arithmetic against a real model: its parameters, buffers, optimizer, activations and caches are counted."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import nemo_rba.modules.generation as generation
 from nemo_rba.algorithms.objectives import DistillationLoss
 from nemo_rba.algorithms.policy import MegatronPolicy
 from nemo_rba.modules.attention import DecodePlan
+from nemo_rba.modules.fixed_decode import FixedDecode
 from nemo_rba.plan.memory import cache_capacity
 from nemo_rba.types import RolloutBatch, SamplingParams
 
@@ -42,6 +44,10 @@ EIGHT_BILLION = {
 RUNS = EIGHT_BILLION | {
     "llama": TINY,
     "qwen3": TINY,
+    "llama_fixed": [*TINY, "+decode@policy=fixed", "policy.decode.prompt_multiple=16"],
+    "llama_fixed_freed": [*TINY, "+decode@policy=fixed", "policy.decode.keep=false"],
+    "llama_compared": [*TINY, "representation=cosine_loss"],
+    "llama_compared_again": [*TINY, "representation=cosine_loss", "policy.recompute=true"],
     "tp2_sp": [*TINY, *SPREAD, "model.sequence_parallel=true"],
     "tp2_pp2": [*TINY, *SPREAD, "model.pipeline_model_parallel_size=2"],
     "8b_wasteful": ["--config-name=rba_8b", "policy.recompute=false"],
@@ -111,15 +117,16 @@ def fake_rollouts(model) -> RolloutBatch:
     )
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
-def updated(request, llama_salm, qwen3_salm):
-    """(family, model, policy, bytes saved for backward) after one real update."""
-    model = load_speech_lm({"llama": llama_salm, "qwen3": qwen3_salm}[request.param][0])
-    policy = MegatronPolicy(
+def make_policy(model) -> MegatronPolicy:
+    return MegatronPolicy(
         model=model, keep_start=True, lora=None, freeze=FREEZE, micro_batch_size=B, generation_batch_size=B,
         weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-8, max_grad_norm=1.0, recompute=False,
         distributed_optimizer=False,
     )  # fmt: skip
+
+
+def saved_bytes(model, policy, **settings) -> int:
+    """Bytes that one real ``forward_backward`` saves for its gradient."""
     weights, saved, alive = storages([*model.parameters(), *policy._start]), {}, []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -130,9 +137,18 @@ def updated(request, llama_salm, qwen3_salm):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy.forward_backward(fake_rollouts(model), DistillationLoss())
+        policy.forward_backward(fake_rollouts(model), DistillationLoss(), **settings)
+    return sum(saved.values())
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def updated(request, llama_salm, qwen3_salm):
+    """(family, model, policy, bytes saved for backward) after one real update."""
+    model = load_speech_lm({"llama": llama_salm, "qwen3": qwen3_salm}[request.param][0])
+    policy = make_policy(model)
+    saved = saved_bytes(model, policy)
     policy.step(1e-3)
-    return request.param, model, policy, sum(saved.values())
+    return request.param, model, policy, saved
 
 
 def test_parameters_are_those_of_the_real_model(plans, updated):
@@ -186,6 +202,34 @@ def test_kv_cache_is_exact(plans, updated, monkeypatch):
     assert item(plan, "KV cache") == sum(x.nbytes for x in tensors)
     held = sum(storages(tensors).values())
     assert item(plan, "KV cache") == held
+
+
+def test_memory_of_a_fixed_decode_is_exact(plans, llama_salm):
+    model = load_speech_lm(llama_salm[0])
+    decode = FixedDecode(check_every=16, prompt_multiple=16, keep=True)
+    prompts = fake_rollouts(model).prompts
+    embeddings, valid = model.embed_prompts(prompts, model.encode(prompts))
+    decode.generate(
+        model.llm, embeddings, valid, noise=torch.rand(B, G, T, dtype=torch.float64), end_id=1,
+        banned_ids=torch.tensor([0]), params=SamplingParams(max_new_tokens=T, temperature=1.0, top_p=1.0, seed=0),
+    )  # fmt: skip
+    kept = {field.name: getattr(decode.kept, field.name) for field in dataclasses.fields(decode.kept)}
+    tensors = [*kept.values(), kept["rotary"].cos, kept["rotary"].sin]
+    plan, freed = plans[0]["llama_fixed"], plans[0]["llama_fixed_freed"]
+    assert item(plan, "KV cache of fixed shape") == sum(storages(tensors).values())
+    assert [line["phase"] for line in plan["memory"] if line["name"] == "KV cache of fixed shape"] == ["always"]
+    assert freed["peak"]["bytes"] < plan["peak"]["bytes"]
+
+
+def test_compared_states_are_counted(plans, llama_salm):
+    model = load_speech_lm(llama_salm[0])
+    policy = make_policy(model)
+    without, prompts = saved_bytes(model, policy), fake_rollouts(model).prompts
+    read = dataclasses.replace(prompts, audio=prompts.audio[:, :0], audio_lens=torch.zeros_like(prompts.audio_lens))
+    more = saved_bytes(model, policy, read=read, layers=(), weight=0.1) - without
+    plan, again = plans[0]["llama_compared"], plans[0]["llama_compared_again"]
+    assert item(plan, "compared states") == pytest.approx(more, rel=ACTIVATION_TOLERANCE)
+    assert item(again, "compared states") < item(plan, "compared states")
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(0, 0), (1, 32), (32, 32), (33, 66), (67, 134)])

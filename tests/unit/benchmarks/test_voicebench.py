@@ -17,10 +17,16 @@ FIELDS = {
         "key": 1000, "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
         "kwargs": [{"num_words": None, "relation": None}, {"num_words": 300, "relation": "at least"}],
     },
+    "mtbench": {
+        "question_id": 111, "category": "math", "turns": [QUESTION, "And which of them is far?"],
+        "reference": ["A marsh.", "The moon."], "audio2": None,
+    },
 }  # fmt: skip
 
 
 def row(subset: str, hertz: float = 400.0, **changes) -> dict:
+    if subset == "mtbench":
+        return {"audio1": embedded(hertz), **FIELDS[subset], **changes}
     return {"audio": embedded(hertz), "prompt": QUESTION, **FIELDS.get(subset, {}), **changes}
 
 
@@ -64,6 +70,18 @@ def test_what_a_measure_needs_is_in_extra(tmp_path):
         (item,) = subset_of(tmp_path, subset)
         assert (item.instruction.response, item.instruction.extra) == found
         assert item.instruction.task == subset
+
+
+def test_of_a_conversation_the_first_turn_is_asked_and_the_others_are_counted(tmp_path):
+    rows = [row("mtbench"), row("mtbench", 600, category="writing", reference=None)]
+    write_parquet(tmp_path / "mtbench" / "test-00000-of-00001.parquet", rows)
+    benchmark = subset_of(tmp_path, "mtbench")
+    first, second = (item.instruction for item in benchmark)
+    assert [first.id, second.id] == ["voicebench-mtbench-test-000000", "voicebench-mtbench-test-000001"]
+    assert [first.task, second.task] == ["mtbench-math", "mtbench-writing"]
+    assert [first.response, second.response] == ["A marsh.", ""]
+    assert first.extra == {"question_id": 111, "category": "math"}
+    assert dict(benchmark.counts) == {"a turn after the first": 2}
 
 
 def test_a_prompt_without_lettered_lines_has_nameless_options(tmp_path):
