@@ -28,8 +28,6 @@ def readme() -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-SYNTHESIS_FILTERS = ["py3langid", "datasketch"]  # for LanguageFilter and NearDuplicateFilter
-
 setup(
     name="nemo_rba",
     version=version(),
@@ -58,7 +56,10 @@ setup(
         "kaldialign",
         "librosa",
         "pillow",
+        "py3langid",  # LanguageFilter
+        "datasketch",  # NearDuplicateFilter
         "pyarrow",
+        "regex",
         "requests",
         "torchmetrics",
         "safetensors",
@@ -66,8 +67,5 @@ setup(
         "tqdm",
         "matplotlib",
     ],
-    extras_require={
-        "filters": SYNTHESIS_FILTERS,
-        "test": ["pytest", "pytest-xdist", "ruff", "lm_eval[ifeval]", *SYNTHESIS_FILTERS],
-    },
+    extras_require={"test": ["pytest", "pytest-xdist", "ruff", "lm_eval[ifeval]"]},
 )

@@ -5,6 +5,7 @@ python examples/rba_align.py --config-name=rba_tiny
 """
 
 import recipe
+import recipe_conditions
 import recipe_evaluation
 from nemo.core.config import hydra_runner
 from nemo.utils import logging
@@ -16,7 +17,7 @@ from nemo_rba.stages import Stages
 
 @hydra_runner(config_path="../conf", config_name="rba_tiny")
 def main(cfg: DictConfig) -> None:
-    recipe_evaluation.check_conditions(cfg)
+    recipe_conditions.check_conditions(cfg)
     recipe.start(cfg)
     arms = recipe.arms(cfg)
     stages = Stages(cfg.output, rank=parallel.rank())
@@ -37,7 +38,7 @@ def main(cfg: DictConfig) -> None:
         for arm, arm_cfg in arms.items()
     }
     files = {arm: folder / f"{arm}.nemo" for arm, folder in folders.items()}
-    sets = recipe_evaluation.held_out_sets(cfg, data)
+    sets = recipe_conditions.held_out_sets(cfg, data)
 
     def evaluate_and_report(folder) -> None:
         predictions = recipe_evaluation.evaluate(cfg, sets, files, folder)

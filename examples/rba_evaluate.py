@@ -12,7 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import recipe
+import recipe_conditions
 import recipe_evaluation
+import recipe_identity
 import torch
 from hydra.errors import InstantiationException
 from nemo.core.config import hydra_runner
@@ -52,9 +54,9 @@ def held_out_sets(cfg: DictConfig) -> dict[str, HeldOut]:
     """Name -> condition: those of ``tasks``, and ``manifest`` under its own name.
 
     Raises:
-        ValueError: there is none, or two have one name; as ``recipe_evaluation.benchmark_sets``.
+        ValueError: there is none, or two have one name; as ``recipe_conditions.benchmark_sets``.
     """
-    sets = recipe_evaluation.benchmark_sets(cfg)
+    sets = recipe_conditions.benchmark_sets(cfg)
     if cfg.manifest is not None:
         name = Path(cfg.manifest).stem
         if name in sets:
@@ -110,6 +112,7 @@ def saved_predictions(
         for name, held_out in sets.items()
         if recipe_evaluation.is_asked(system, held_out)
     }
+    _check_ways(sets, answers)
     items = _answered_items(sets, answers, folder)
     tasks = {name: recipe_evaluation.make_task(cfg, name, sets[name], list) for name in sets}
     predictions = [
@@ -117,6 +120,17 @@ def saved_predictions(
     ]
     recipe_evaluation.keep_accounts(list(tasks.values()), folder)
     return predictions, _told(cfg, answers)
+
+
+def _check_ways(sets: dict[str, HeldOut], answers: dict[tuple[str, str], SavedAnswers]) -> None:
+    """Refuse, with a ``ValueError``, to call answers heard that were read, or heard through something else."""
+    for (_, name), saved in answers.items():
+        asked = sets[name].way
+        if saved.basis and {key: saved.basis.get(key) for key in asked} != asked:
+            raise ValueError(
+                f"{saved.path} holds answers to items that came as {dict(saved.basis)}, but {name!r} is {asked} now: "
+                "name the condition as it was, or run without saved=true in another output"
+            )
 
 
 def _answered_items(
@@ -153,8 +167,8 @@ def _told(cfg: DictConfig, answers: dict[tuple[str, str], SavedAnswers]) -> dict
     heard = []
     for (system, name), saved in answers.items():
         own = {key: value for key, value in saved.decoding.items() if not key.startswith("transcribe_")}
-        systems.setdefault(recipe_evaluation.in_words(own), []).append(f"{system} on {name}")
-        heard.append(recipe_evaluation.in_words(saved.decoding.get("transcribe_params", {})))
+        systems.setdefault(recipe_identity.in_words(own), []).append(f"{system} on {name}")
+        heard.append(recipe_identity.in_words(saved.decoding.get("transcribe_params", {})))
     is_one = len(systems) == 1
     return {
         "answers": f"saved in {Path(cfg.output).name}, scored anew; start model and teacher as configured, not loaded",

@@ -83,7 +83,8 @@ def make_job(cfg: DictConfig, llm, layout: Layout, frames: int, adapter_width: i
     group_size = cfg.rollouts.group_size if generates else 1
     tokens = cfg.rollouts.max_new_tokens if generates else cfg.data.max_response_tokens
     judged = objective.needs_teacher or objective.teacher_topk
-    teacher = judged and str(cfg.teacher.get("device", "")).startswith(cfg.trainer.accelerator.replace("gpu", "cuda"))
+    device = str(cfg.teacher.get("device", "")).replace("gpu", "cuda")
+    teacher = judged and device.startswith(cfg.trainer.accelerator.replace("gpu", "cuda"))
     weights, judging = teacher_memory(cfg, llm, cfg.data.batch_size * group_size, tokens) if teacher else (0, 0)
     decode = cfg.policy.get("decode") or {"prompt_multiple": 0, "keep": False}
     return Job(

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import recipe
+import recipe_conditions
 import recipe_evaluation
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -38,7 +39,7 @@ def main(study: DictConfig) -> None:
     first = config(study, runs[0])
     for run in {run.arm: run for run in runs}.values():
         recipe.preflight(config(study, run))
-    recipe_evaluation.check_conditions(first)
+    recipe_conditions.check_conditions(first)
     recipe.start(first)
     stages = Stages(study.output, rank=parallel.rank())
     data = stages.run("synthesis", recipe.keys(first, recipe.SYNTHESIS), partial(recipe.synthesize, first, rank=0))
@@ -48,7 +49,7 @@ def main(study: DictConfig) -> None:
     final = [replace(run, seed=seed) for run in chosen.values() for seed in study.seeds]
     train(study, final, data)
     files = {run.name: folder(study, run) / f"{run.name}.nemo" for run in final}
-    sets = recipe_evaluation.held_out_sets(first, data)
+    sets = recipe_conditions.held_out_sets(first, data)
     predictions = recipe_evaluation.evaluate(first, sets, files, Path(study.output) / "evaluation")
     found = Study(config=study, recipe=first, scores=scores, chosen=chosen, predictions=predictions, sets=sets)
     write_study(found, folder)

@@ -20,7 +20,7 @@ from nemo_rba.stages import Stages
 @hydra_runner(config_path="../conf", config_name="rba_tiny")
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.num_threads)
-    recipe.preflight(cfg)
+    recipe.preflight_synthesis(cfg)
     try:
         rank = rank_without_groups(array=cfg.get("array", False))
     except ValueError as problem:

@@ -9,7 +9,7 @@ report/      report.md, report.html, results.json
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from nemo_rba.distributed.launch import launch
 from nemo_rba.distributed.once import once_per_model
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 from nemo_rba.protocols import RolloutSource, Teacher
+from nemo_rba.synthesis.speech import check_setup
 
 SYNTHESIS = ("teacher", "synthesis")  # what each stage's result depends on
 TAUGHT = ("sampler", "instruction_filters", "spoken_form", "speech_filters", "response_filters")  # may need the teacher
@@ -42,7 +43,7 @@ ALIGNMENT = (
     "trainer", "validation", "seed", *OWN,
 )  # fmt: skip
 LABELS = {"rba": "RBA", "sft": "SFT", "distillation": "SFT", "forward_kl": "Forward KL", "reverse_kl": "Reverse KL"}
-ASKING = ("memory", "num_parallel", "timeout_seconds", "max_retries")  # of a teacher behind a server
+BORNE = ("max_batches", "allow_fewer", "on_change", "max_failed_share", "language")  # of self-synthesis
 PASSES = (("policy", "micro_batch_size"), ("policy", "generation_batch_size"), ("policy", "recompute"))
 EVALUATION = ("model", "teacher", "evaluation", "conditions", "data", "seed", "name")
 
@@ -78,10 +79,21 @@ def keys(cfg: DictConfig, names: tuple[str, ...]) -> dict:
     if "batch_size" in cfg.data:
         plain["data"]["global_batch_size"] = plain["data"].pop("batch_size") * ranks
     free = [("trainer", "devices"), ("trainer", "num_nodes"), *(("model", key) for key in groups), *PASSES]
-    for part, key in [*free, *(("teacher", key) for key in ASKING)]:
+    free += [("synthesis", key) for key in BORNE]
+    for part, key in free:
         plain.get(part, {}).pop(key, None)
     (plain.get("synthesis", {}).get("quality") or {}).pop("max_dropped_share", None)  # how much loss one bears
-    return {name: plain[name] for name in names if name in plain}
+    return {name: _without_free(plain[name]) for name in names if name in plain}
+
+
+def _without_free(part):
+    """``part`` without what the classes in it call free: how a teacher is asked, and not what."""
+    if isinstance(part, list):
+        return [_without_free(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    free = getattr(get_object(part["_target_"]), "FREE_KEYS", ()) if "_target_" in part else ()
+    return {key: _without_free(value) for key, value in part.items() if key not in free}
 
 
 def start(cfg: DictConfig) -> None:
@@ -115,14 +127,33 @@ def preflight(cfg: DictConfig) -> None:
     Raises:
         SystemExit: everything that is wrong, and what to do about it.
     """
-    wrong = missing(cfg) + unset(cfg) + unfit(cfg)
+    wrong = missing(cfg) + unset(cfg) + unfit(cfg) + headless(cfg)
     if not wrong and "folder" in cfg.model:
         world_size = cfg.trainer.devices * cfg.trainer.num_nodes
         wrong = _complaint(partial(RBASpeechLM.check_salm, cfg.model.folder, world_size=world_size, **layout(cfg)))
-    for arm in arms(cfg).values() if not wrong and "baselines" in cfg else ():
-        wrong += _complaint(check_arm, arm)
+    for name, arm in arms(cfg).items() if not wrong and "baselines" in cfg else ():
+        wrong += [f"{name}: {line}" for line in _complaint(check_arm, arm)]
     if "batch_size" in cfg.data and cfg.num_minibatches > cfg.data.batch_size:
         wrong.append(f"num_minibatches = {cfg.num_minibatches} is more than data.batch_size = {cfg.data.batch_size}")
+    _stop_if(wrong)
+
+
+def preflight_synthesis(cfg: DictConfig) -> None:
+    """As ``preflight``, of what self-synthesis reads: it needs neither the student nor the student's GPUs.
+
+    Raises:
+        SystemExit: everything that is wrong, and what to do about it.
+    """
+    read = (*SYNTHESIS, "noise", "train_voices", "dev_voices", "test_voices")
+    wrong = [line for line in unset(cfg) if line.startswith(read)] + unfit(cfg) + headless(cfg)
+    if not wrong:
+        values = str(keys(cfg, SYNTHESIS))  # with teacher=self, the student's folder is one of them
+        named = [need for need in cfg.requires if repr(str(OmegaConf.select(cfg, need.key))) in values]
+        wrong = _absent(cfg, named)
+    _stop_if(wrong)
+
+
+def _stop_if(wrong: list[str]) -> None:
     if wrong:
         raise SystemExit("nothing was started, because:\n" + "\n".join(f"  - {line}" for line in wrong))
 
@@ -133,15 +164,18 @@ def check_arm(cfg: DictConfig) -> None:
     representation = instantiate(cfg.get("representation"))
     check_choices(rollout_source(cfg, None), instantiate(cfg.advantage), objective, importance, representation)
     controls(cfg).check(objective, cfg.num_minibatches)
+    judgement = "topk_logprobs" if objective.teacher_topk else "logprobs" if objective.needs_teacher else ""
+    if judgement and not hasattr(get_object(cfg.teacher["_target_"]), judgement):
+        raise ValueError(
+            f"{type(objective).__name__} learns from what the teacher thinks of every token, but "
+            f"{cfg.teacher._target_} only writes; choose teacher=hf, or another objective (objective.dense_weight=0), "
+            "or leave the baseline out (~baselines.forward_kl)"
+        )
 
 
 def missing(cfg: DictConfig) -> list[str]:
     """Files and machines that the config needs and that are not there."""
-    lines = [
-        f"{need.key} = {OmegaConf.select(cfg, need.key)}: {need.what} is not there. {need.how}"
-        for need in cfg.requires
-        if (path := OmegaConf.select(cfg, need.key)) is not None and not Path(str(path)).exists()
-    ]
+    lines = _absent(cfg, cfg.requires)
     if cfg.trainer.accelerator == "gpu" and torch.cuda.device_count() < cfg.trainer.devices:
         lines.append(
             f"trainer.devices = {cfg.trainer.devices}: this machine shows {torch.cuda.device_count()} GPUs. Run on a "
@@ -150,11 +184,30 @@ def missing(cfg: DictConfig) -> list[str]:
     return lines
 
 
+def _absent(cfg: DictConfig, needs: Sequence[DictConfig]) -> list[str]:
+    return [
+        f"{need.key} = {OmegaConf.select(cfg, need.key)}: {need.what} is not there. {need.how}"
+        for need in needs
+        if (path := OmegaConf.select(cfg, need.key)) is not None and not Path(str(path)).exists()
+    ]
+
+
+def headless(cfg: DictConfig) -> list[str]:
+    """Parts that were put into something which is not there: keys, but no ``_target_`` that they are arguments of."""
+    parts = ("synthesis.quality", "synthesis.spoken_form", "data.augmentation")
+    return [
+        f"{part} has {', '.join(found)}, but no _target_: add to it only where there is one, or give the whole of it"
+        for part in parts
+        if isinstance(found := OmegaConf.select(cfg, part), DictConfig) and "_target_" not in found
+    ]
+
+
 def unset(cfg: DictConfig) -> list[str]:
     """Keys that a choice leaves to the user."""
-    known = {need.key for need in cfg.requires}
+    known = {need.key: f": {need.what}" for need in cfg.requires}
     return [
-        f"{key} is not set; expected a value: give {key}=..." for key in sorted(OmegaConf.missing_keys(cfg) - known)
+        f"{key} is not set{known.get(key, '')}; expected a value: give {key}=..."
+        for key in sorted(OmegaConf.missing_keys(cfg))
     ]
 
 
@@ -185,8 +238,9 @@ def _complaint(check: Callable, *args) -> list[str]:
 
 def synthesize(cfg: DictConfig, folder: Path, rank: int) -> None:
     """Stage a: the teacher's instructions and answers, spoken, by as many ranks as call this."""
+    pipeline = instantiate(cfg.synthesis)  # voices, noise and checks first: what is wrong with them costs no teacher
+    check_setup(pipeline.keywords)
     teacher = instantiate(cfg.teacher)
-    pipeline = instantiate(cfg.synthesis)
 
     def complete(part):
         """``part``, and every ``_partial_`` in it, with the teacher it waits for."""
@@ -201,9 +255,9 @@ def synthesize(cfg: DictConfig, folder: Path, rank: int) -> None:
 
 def loader_builder(
     cfg: DictConfig, manifest: Path, quarantine: Path, *, train: bool, needs_response: bool = True,
-    augmentation: Callable | None = None,
+    augmentation: Callable | None = None, num_items: int | None = None,
 ) -> Callable[..., SpeechLoader]:  # fmt: skip
-    """``build(prompt=, sampling_rate=)`` of this rank's batches of a manifest."""
+    """``build(prompt=, sampling_rate=)`` of this rank's batches of a manifest, or of ``num_items`` of it."""
     if parallel.model_parallel_rank() > 0:  # reads what the first rank of its model reads, and reports it
         quarantine = Path(os.devnull)
 
@@ -225,7 +279,7 @@ def loader_builder(
             rank=parallel.data_parallel_rank(),
             world_size=parallel.data_parallel_size(),
             drop_last=train,
-            num_items=cfg.data.get("train_items") if train else None,
+            num_items=num_items,
         )
 
     return build
@@ -261,8 +315,21 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
         controls=controls(cfg),
         importance=instantiate(cfg.get("importance")),
         representation=instantiate(cfg.get("representation")),
-        build_loader=loader_builder(cfg, data / "train", folder / "quarantine.jsonl", train=True),
-        build_validation_loader=loader_builder(cfg, data / "dev", folder / "quarantine.jsonl", train=False),
+        build_loader=loader_builder(
+            cfg,
+            data / "train",
+            folder / "quarantine.jsonl",
+            train=True,
+            augmentation=instantiate(cfg.data.get("augmentation")),
+            num_items=cfg.data.get("train_items"),
+        ),
+        build_validation_loader=loader_builder(
+            cfg,
+            data / "dev",
+            folder / "quarantine.jsonl",
+            train=False,
+            num_items=cfg.data.get("dev_items"),
+        ),
         validation_params=instantiate(cfg.validation),
         num_minibatches=cfg.num_minibatches,
         seed=cfg.seed,

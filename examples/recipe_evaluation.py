@@ -4,20 +4,17 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 import soundfile
 import torch
-from hydra import compose
-from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 from recipe import LABELS, layout, loader_builder
+from recipe_identity import fingerprints, identity
 
-from nemo_rba import __version__
 from nemo_rba.algorithms.policy import FrozenPolicy
 from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.data.loader import SpeechLoader
@@ -29,7 +26,15 @@ from nemo_rba.evaluation.conditions import HeldOut
 from nemo_rba.evaluation.plots import TrainingCurves, read_curve
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
-from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, Prediction, System, TeacherSystem, run
+from nemo_rba.evaluation.runner import (
+    CascadeSystem,
+    PolicySystem,
+    Prediction,
+    System,
+    TeacherSystem,
+    read_answers,
+    run,
+)
 from nemo_rba.evaluation.tasks import ItemTask
 from nemo_rba.manifest import read_manifest
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
@@ -49,98 +54,20 @@ PANELS = {
 
 
 ACCOUNTS = "accounts.json"  # what scoring has cost
-WAYS = ("typed", "augmentation", "curve", "at")  # of ``HeldOut``, how items reach the student
 
 
-def check_conditions(cfg: DictConfig) -> None:
-    """Stop before any work where a condition cannot be met after it.
+def tasks(
+    cfg: DictConfig, sets: dict[str, HeldOut], folder: Path, model: RBASpeechLM
+) -> list[tuple[ItemTask, dict[str, object]]]:  # fmt: skip
+    """The held-out sets of the report, each with what the answers to it depend on."""
 
-    Raises:
-        SystemExit: a condition has a key that means nothing, or names a split that is not made.
-    """
-    made = [split.name for split in cfg.synthesis.splits]
-    try:
-        sets = held_out_sets(cfg, Path())
-        wrong = [
-            f"conditions.{name}: there is no split {held_out.manifest.name!r}; expected one of {', '.join(made)}"
-            for name, held_out in sets.items()
-            if held_out.manifest.name not in made
-        ]
-    except (ValueError, InstantiationException) as error:
-        wrong = [str(error)]
-    if wrong:
-        raise SystemExit("nothing was started, because:\n" + "\n".join(f"  - {line}" for line in wrong))
-
-
-def held_out_sets(cfg: DictConfig, data: Path) -> dict[str, HeldOut]:
-    """Name in the report -> condition: a split of ``data``, or {split: ..., and what ``HeldOut`` has}.
-
-    Raises:
-        ValueError: a condition lacks its split, or has a key that means nothing.
-    """
-    given = {name: {"split": value} if isinstance(value, str) else value for name, value in cfg.conditions.items()}
-    for name, value in given.items():
-        _check_keys(f"conditions.{name}", value, needed=("split",), optional=WAYS)
-    return {name: _held_out(value, manifest=data / value["split"]) for name, value in given.items()}
-
-
-def benchmark_sets(cfg: DictConfig) -> dict[str, HeldOut]:
-    """As ``held_out_sets``, of ``cfg.tasks``: each with a manifest, and an evaluation of its own where it names one.
-
-    ``evaluation`` is a name of conf/evaluation; ``task`` changes keys of its task.
-
-    Raises:
-        ValueError: a task lacks its manifest, has a key that means nothing, or names no evaluation that there is.
-    """
-    found = {}
-    for name, choice in (cfg.tasks or {}).items():
-        _check_keys(f"tasks.{name}", choice, needed=("manifest",), optional=("evaluation", "task", *WAYS))
-        if "task" in choice and "evaluation" not in choice:
-            raise ValueError(f"tasks.{name} changes a task, but names no evaluation; give evaluation as well")
-        make_task = _own_task(cfg, f"tasks.{name}", choice) if "evaluation" in choice else None
-        found[name] = _held_out(choice, manifest=Path(choice.manifest), make_task=make_task)
-    return found
-
-
-def _own_task(cfg: DictConfig, where: str, choice: DictConfig) -> Callable[..., ItemTask]:
-    """The task of an evaluation, in the place of the main one, so that what it refers to is found."""
-    try:
-        evaluation = compose(overrides=[f"+evaluation={choice.evaluation}"]).evaluation
-    except HydraException as error:
-        raise ValueError(f"{where}.evaluation is {choice.evaluation!r}: {str(error).splitlines()[0]}") from error
-    scope = cfg.copy()
-    with open_dict(scope):
-        scope.evaluation = evaluation
-        if "task" in choice:
-            scope.evaluation.task = OmegaConf.merge(evaluation.task, choice.task)
-    unset = sorted(key for key in OmegaConf.missing_keys(scope) if key.startswith("evaluation."))
-    if unset:
-        raise ValueError(f"{where}: {', '.join(unset)} not set; give them in {where}.task")
-    return instantiate(scope.evaluation.task)
-
-
-def _check_keys(where: str, choice: Mapping, *, needed: tuple[str, ...], optional: tuple[str, ...]) -> None:
-    unknown = [key for key in choice if key not in needed + optional]
-    absent = [key for key in needed if key not in choice]
-    if unknown or absent:
-        raise ValueError(
-            f"{where} has the keys {list(choice)}; expected {', '.join(needed)} and, if wanted, {', '.join(optional)}"
-        )
-
-
-def _held_out(choice: Mapping, **known) -> HeldOut:
-    given = {key: choice[key] for key in WAYS if key in choice}
-    return HeldOut(**known, **{k: instantiate(v) if OmegaConf.is_config(v) else v for k, v in given.items()})
-
-
-def tasks(cfg: DictConfig, sets: dict[str, HeldOut], folder: Path, model: RBASpeechLM) -> list[ItemTask]:
-    """The held-out sets of the report."""
-
-    def one(name: str, held_out: HeldOut) -> ItemTask:
+    def one(name: str, held_out: HeldOut) -> tuple[ItemTask, dict[str, object]]:
         loader = _loader(cfg, held_out, folder, model)
+        basis = held_out.way | {"items": loader.heard}
         if held_out.typed:
-            return make_task(cfg, name, held_out, lambda: (typed_batch(batch, model.prompt) for batch in loader))
-        return make_task(cfg, name, held_out, lambda: loader)
+            read = lambda: (typed_batch(batch, model.prompt) for batch in loader)  # noqa: E731
+            return make_task(cfg, name, held_out, read), basis
+        return make_task(cfg, name, held_out, lambda: loader), basis
 
     return [one(name, held_out) for name, held_out in sets.items()]
 
@@ -219,14 +146,14 @@ def evaluate(
     What the student heard of the items that are to be played is kept in ``folder / "sounds"``.
     """
     start = instantiate(cfg.model)
-    held_out = tasks(cfg, sets, folder, start)
+    held_out, weights = tasks(cfg, sets, folder, start), fingerprints(cfg, files)
     predictions = []
     for build in systems(cfg, start, files):
         system = build()
-        for task in held_out:
+        for task, basis in held_out:
             if is_asked(system.name, sets[task.name]):
-                predictions += run(system, task, folder)
-    keep_accounts(held_out, folder)
+                predictions += run(system, task, folder, basis | weights[system.name])
+    keep_accounts([task for task, _ in held_out], folder)
     if parallel.rank() == 0:
         _keep_sounds(cfg, sets, predictions, roles(list(files)), folder, start)
     return predictions
@@ -298,7 +225,7 @@ def report(
     """
     if parallel.rank() > 0:
         return
-    who, source = roles(arms), identity(cfg, sets, arms) | dict(told or {})
+    who, source = roles(arms), identity(cfg, sets, arms) | weights(sets, arms, folder) | dict(told or {})
     accounts = folder / ACCOUNTS
     sounds = {
         name: {id: _read_sound(path) for id, path in files.items() if path.exists()}
@@ -310,7 +237,7 @@ def report(
     )  # fmt: skip
     write_report(
         folder=folder,
-        title=f"{cfg.name}: Reinforced Behavior Alignment",
+        title=f"{cfg.name}: how well spoken instructions are followed",
         roles=who,
         predictions=predictions,
         **trained,
@@ -325,40 +252,11 @@ def report(
     )
 
 
-def identity(cfg: DictConfig, sets: dict[str, HeldOut], arms: list[str]) -> dict[str, str]:
-    """Where results come from, in words; of absolute paths only the last part, as they mean nothing elsewhere."""
-
-    def shown(path: str | Path) -> str:
-        return Path(path).name if Path(path).is_absolute() else str(path)
-
-    def named(*keys: str) -> str:
-        found = (OmegaConf.select(cfg, key, throw_on_resolution_failure=False) for key in keys)
-        return next((shown(path) for path in found if path), "not named")
-
-    def heard(held_out: HeldOut) -> str:
-        how = "read, not heard" if held_out.typed else "heard as it is"
-        if held_out.augmentation is not None:
-            how = f"heard through {type(held_out.augmentation).__name__}"
-        return f"{shown(held_out.manifest)}, {how}" + (f", {held_out.curve} {held_out.at:g}" if held_out.curve else "")
-
-    evaluation = cfg.evaluation
-    return {
-        "code": f"nemo_rba {__version__}",
-        "start model": named("model.folder", "model.restore_path"),
-        "teacher": named("teacher.path", "teacher.model"),
-        "aligned models": ", ".join(arms),
-        **{f"data: {name}": heard(held_out) for name, held_out in sets.items()},
-        "decoding": in_words(evaluation.params),
-        "decoding of the cascade's transcript": in_words(evaluation.transcribe_params),
-        "seed": str(cfg.seed),
-        "bootstrap": f"{evaluation.num_draws} draws",
-        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
-def in_words(decoding: Mapping) -> str:
-    """Settings of a decoder, without their class."""
-    return ", ".join(f"{key} {value}" for key, value in decoding.items() if key != "_target_")
+def weights(sets: dict[str, HeldOut], arms: list[str], folder: Path) -> dict[str, str]:
+    """Whose answers these are, by the digests that the files of answers have; {} where they tell nothing."""
+    bases = {system: read_answers(system, next(iter(sets)), folder).basis for system in ("start", *arms)}
+    told = [f"{system} {basis['weights']}" for system, basis in bases.items() if "weights" in basis]
+    return {"weights, SHA-256": ", ".join(told)} if told else {}
 
 
 def training(cfg: DictConfig, folders: dict[str, Path]) -> dict:

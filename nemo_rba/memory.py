@@ -51,7 +51,7 @@ class Memory:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             lines = [] if self._path.exists() and self._path.stat().st_size else [{"owner": self._owner}]
             lines += [{"key": key, "value": value} for key, value in values.items()]
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            text = "".join(json.dumps(line) + "\n" for line in lines)  # ASCII, as a value may hold half a character
             with self._path.open("ab", buffering=0) as file:  # one write: lines of two processes do not mix
                 file.write(text.encode())
 
@@ -67,7 +67,7 @@ class Memory:
             with self._path.open("r+b") as file:
                 file.truncate(len(whole))
         values = {}
-        for number, line in enumerate(whole.decode().splitlines(), start=1):
+        for number, line in enumerate(whole.decode().split("\n")[:-1], start=1):
             try:
                 row = json.loads(line)
                 if number == 1 or "owner" in row:  # two processes may both have begun the file

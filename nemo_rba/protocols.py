@@ -38,7 +38,11 @@ class LikelihoodTeacher(Teacher, Protocol):
 
 
 class TTS(Protocol):
-    """A synthesizer with named voices. It may also offer ``languages``, speaker -> language, for the data card."""
+    """A synthesizer with named speakers.
+
+    It may also offer ``languages`` and ``voices``, speaker -> language and speaker -> voice (one voice may be several
+    speakers); without them nothing is told of languages, and a speaker is a voice.
+    """
 
     sampling_rate: int
     speakers: Sequence[str]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import recipe
+import recipe_conditions
 import recipe_evaluation
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -144,6 +145,43 @@ def test_preflight_lets_every_arm_of_the_study_pass(arm):
     assert "obeys" in cfg.reward.parts, "what every arm is chosen by"
 
 
+def test_synthesis_needs_neither_the_student_nor_its_gpus():
+    cfg = load("rba_8b", "teacher.path=examples/tiny/teacher")
+    with pytest.raises(SystemExit) as stop:
+        recipe.preflight_synthesis(cfg)
+    assert "fastpitch" in str(stop.value), "who speaks is not there"
+    assert "model.folder" not in str(stop.value)
+    assert "GPUs" not in str(stop.value)
+    recipe.preflight_synthesis(load("rba_tiny", "model.folder=nowhere"))
+    with pytest.raises(SystemExit, match=r"model\.folder"):
+        recipe.preflight_synthesis(load("rba_tiny", "model.folder=nowhere", "teacher=self"))
+
+
+def test_a_part_put_into_nothing_is_refused():
+    cfg = load("rba_tiny", "+quality@synthesis.quality.checks.round_trip=asr_round_trip")
+    with pytest.raises(SystemExit, match=r"synthesis\.quality has checks, but no _target_"):
+        recipe.preflight(cfg)
+
+
+def test_training_can_hear_its_clips_through_something():
+    cfg = load("rba_tiny", "+augmentation@data.augmentation=noisy")
+    recipe.preflight(cfg)
+    changed, plain = (recipe.keys(found, recipe.ALIGNMENT) for found in (cfg, load("rba_tiny")))
+    assert changed["data"].pop("augmentation")["_target_"].endswith("NoiseAugmentation")
+    assert changed == plain
+
+
+@pytest.mark.parametrize(
+    "override", ["synthesis.max_batches=7", "synthesis.allow_fewer=true", "teacher.batch_size=3", "teacher.device=meta"]
+)
+def test_what_was_made_is_kept_where_only_its_making_changes(override):
+    stages = (recipe.SYNTHESIS, recipe.ALIGNMENT, recipe.EVALUATION)
+    found, plain = (
+        [recipe.keys(cfg, names) for names in stages] for cfg in (load("rba_tiny", override), load("rba_tiny"))
+    )
+    assert found == plain
+
+
 def test_defaults_live_in_conf_only():
     """Objects that a config builds take every setting from it: no second default hidden in a constructor."""
     for name in RECIPES:
@@ -199,10 +237,10 @@ def test_8b_rivals_can_be_left_out(name):
     ],
 )
 def test_conditions_that_cannot_be_met_stop_before_any_work(override, expected):
-    recipe_evaluation.check_conditions(load("rba_tiny"))
-    recipe_evaluation.check_conditions(load("rba_8b"))
+    recipe_conditions.check_conditions(load("rba_tiny"))
+    recipe_conditions.check_conditions(load("rba_8b"))
     with pytest.raises(SystemExit, match=expected):
-        recipe_evaluation.check_conditions(load("rba_tiny", override))
+        recipe_conditions.check_conditions(load("rba_tiny", override))
 
 
 @pytest.mark.parametrize(
@@ -222,18 +260,18 @@ def test_tasks_that_cannot_be_run_are_named(tasks, expected):
     with initialize_config_dir(str(CONF), version_base=None):
         cfg = compose("rba_evaluate", overrides=["aligned=x.nemo", f"tasks={tasks}"])
         with pytest.raises(ValueError, match=expected):
-            recipe_evaluation.benchmark_sets(cfg)
+            recipe_conditions.benchmark_sets(cfg)
 
 
 def test_a_tasks_own_evaluation_finds_what_it_refers_to():
     with initialize_config_dir(str(CONF), version_base=None):
         tasks = "{a: {manifest: m, evaluation: spoken_qa, task: {max_words: 3}}}"
         cfg = compose("rba_evaluate", overrides=["aligned=x.nemo", "output=here", f"tasks={tasks}"])
-        made = recipe_evaluation.benchmark_sets(cfg)["a"].make_task(name="a", batches=list)
+        made = recipe_conditions.benchmark_sets(cfg)["a"].make_task(name="a", batches=list)
         assert made._contains.max_words == 3
         nobody = "{model: m, base_url: 'http://127.0.0.1:9/v1', max_retries: 0}"
         cfg.tasks = OmegaConf.create(f"a: {{manifest: m, evaluation: judge, task: {{reward: {{judge: {nobody}}}}}}}")
         with pytest.raises(
             Exception, match="did not answer"
         ):  # its name and its file of votes were found, not a server
-            recipe_evaluation.benchmark_sets(cfg)
+            recipe_conditions.benchmark_sets(cfg)

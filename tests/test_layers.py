@@ -34,7 +34,7 @@ UPSTREAM = {
         "__init__",
     ),
     "nemo.utils": ("algorithms/",),
-    "transformers": ("synthesis/teacher", "rewards/", "conversion/"),
+    "transformers": ("synthesis/teacher", "synthesis/embedding", "synthesis/filters", "rewards/", "conversion/"),
     "hydra": (),
 }
 EVERYONE_MAY_IMPORT = {"nemo.utils.logging"}

@@ -94,7 +94,8 @@ def pipeline(output: Path, num_items: int, num_words: int) -> SelfSynthesis:
         response_params=SamplingParams(max_new_tokens=1), context="", splits=[train], train_split="train",
         split_of=lambda text: one_name(text, name="train"), task_of=lambda text: "any", kind_of=lambda text: "",
         batches_at_once=1, max_batches=10**6, allow_fewer=False, max_duration_seconds=20.0, shard_size=SHARD_SIZE,
-        audio_format="flac", output=str(output), on_change="refuse", seed=1, quality=checks(),
+        audio_format="flac", output=str(output), on_change="refuse", seed=1, quality=checks(), language="en",
+        max_failed_share=0.5,
     )  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def stages(*, clips: int, num_words: int, repeats: int) -> list[Cost]:
         def make(folder: Path) -> None:
             stage = SpeechStage(output=folder, teacher_name="none", quality=quality, max_duration_seconds=20.0,
                                 shard_size=clips, audio_format="flac", seed=1, scratch=folder / "scratch",
-                                has_ended=lambda: False)  # fmt: skip
+                                has_ended=lambda: False, max_failed_share=0.5)  # fmt: skip
             stage.make(items, split="train", shard=0, tts=tts, augment=augment)()
 
         return make

@@ -22,6 +22,8 @@ SMALL = {  # module: package; what nemo_rba imports beside NeMo and torch, and w
     "kaldialign": "kaldialign",
     "peft": "peft",
     "accelerate": "accelerate",  # peft
+    "py3langid": "py3langid",
+    "datasketch": "datasketch",
     "soundfile": "soundfile",
     "soxr": "soxr",
     "sacrebleu": "sacrebleu",

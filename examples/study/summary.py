@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure as Canvas
 from omegaconf import DictConfig
+from recipe_identity import identity
 
 from nemo_rba.evaluation import plots
 from nemo_rba.evaluation.conditions import HeldOut
@@ -92,6 +93,7 @@ def _report(study: Study, prompts: int, folder: Callable, output: Path) -> dict:
         num_samples=cfg.evaluation.num_samples,
         num_draws=cfg.evaluation.num_draws,
         seed=cfg.seed,
+        identity=identity(cfg, study.sets, list(arms.values())),
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
         quarantine: JSONL file to append unusable items to. Ranks may share it: a line is one write.
         needs_response: whether an item without a response is unusable; False for benchmarks that have none.
         augmentation: ``(audio (A,), sampling_rate, key) -> audio (A',)``, applied to what was read. The key is made of
-            the cut's id, so a cut sounds the same in every epoch, and of "read/", so that the draws are not those that
+            the cut's id, of the epoch where there are several, and of "read/", so that the draws are not those that
             another augmentation of the same seed made when the cut was written.
 
     Raises:
@@ -98,10 +98,13 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
         items = [item for cut in cuts if (item := self.load(cut)) is not None]
         return self.collate(items) if items else None
 
-    def load(self, cut: Cut) -> SpeechItem | None:
-        """Read and encode one cut; None, counted and written down, when it is unusable."""
+    def load(self, cut: Cut, epoch: int | None = None) -> SpeechItem | None:
+        """Read and encode one cut; None, counted and written down, when it is unusable.
+
+        An augmentation draws anew in every ``epoch``; without one a cut always sounds the same.
+        """
         try:
-            return self._load(cut)
+            return self._load(cut, f"read/{cut.id}" if epoch is None else f"read/{epoch}/{cut.id}")
         except Unusable as problem:
             self._set_aside(cut.id, problem)
             return None
@@ -119,7 +122,7 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
             response_lens=_lengths(responses),
         )
 
-    def _load(self, cut: Cut) -> SpeechItem:
+    def _load(self, cut: Cut, key: str) -> SpeechItem:
         resampled = cut.has_recording and cut.sampling_rate != self.sampling_rate
         if resampled:
             cut = cut.resample(self.sampling_rate)
@@ -140,7 +143,7 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
             raise Unusable("text cannot be encoded", str(error)) from error
         if len(response_ids) > self.max_response_tokens:
             raise Unusable("response too long", f"{len(response_ids)} tokens, limit {self.max_response_tokens}")
-        audio = self._augment(self._audio(cut), cut.id)
+        audio = self._augment(self._audio(cut), key)
         if resampled:
             self._count(cut.id, "resampled")
         return SpeechItem(
@@ -170,11 +173,13 @@ class SpeechInstructionDataset(torch.utils.data.Dataset):
             raise Unusable("audio out of range", f"peak {peak:.1f}, expected samples in [-1, 1]")
         return audio.clamp_(-1.0, 1.0)
 
-    def _augment(self, audio: Tensor, cut_id: str) -> Tensor:
+    def _augment(self, audio: Tensor, key: str) -> Tensor:
         """The audio (A,) as it is to be heard, (A',); an augmentation that slows down can make it too long."""
         if self.augmentation is None:
             return audio
-        audio = self.augmentation(audio, self.sampling_rate, f"read/{cut_id}")
+        audio = self.augmentation(audio, self.sampling_rate, key)
+        if audio.numel() == 0 or not torch.isfinite(audio).all():
+            raise Unusable("not finite after augmentation", f"{audio.numel()} samples")
         if len(audio) > self.max_duration_seconds * self.sampling_rate:
             raise Unusable(
                 "too long after augmentation",

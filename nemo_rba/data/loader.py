@@ -166,6 +166,12 @@ class SpeechLoader:
                 "lower batch_size or add items to the manifest"
             )
 
+    @property
+    def heard(self) -> str:
+        """Fingerprint of what is to be heard, as far as a manifest tells: ids, lengths and speakers, in any order."""
+        told = sorted(f"{c.id} {c.duration} {[s.speaker for s in c.supervisions]}" for c in self._cuts)
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+
     def __len__(self) -> int:
         """Batches per epoch on this rank; without ``drop_last`` an upper bound, when items are unusable."""
         return len(self.sampler)
@@ -221,7 +227,7 @@ class SpeechLoader:
         if not 1 <= num_items <= len(self._cuts):
             raise ValueError(
                 f"num_items={num_items}: expected 1 to {len(self._cuts)}, the items of '{self.manifest}'; change "
-                "data.train_items or make the manifest larger"
+                "data.train_items or data.dev_items, or make the manifest larger"
             )
         return random.Random(f"{seed}/items").sample(self._cuts, num_items)
 
@@ -238,9 +244,10 @@ class SpeechLoader:
         """The usable items of the batch that begins at ``start``, filled up from what follows if ``drop_last``."""
         size = self.sampler.batch_size
         own, following = shard[start : start + size], [*shard[start + size :], *shard[:start]]
-        items = [item for index in own if (item := self.dataset.load(self._cuts[index])) is not None]
+        epoch = self.sampler.epoch if self.sampler.shuffle else None  # a set that is asked in order always sounds alike
+        items = [item for index in own if (item := self.dataset.load(self._cuts[index], epoch)) is not None]
         if self.sampler.drop_last and len(items) < size:
-            loaded = (self.dataset.load(self._cuts[index]) for index in following)
+            loaded = (self.dataset.load(self._cuts[index], epoch) for index in following)
             items += islice((item for item in loaded if item is not None), size - len(items))
             if not items:
                 self._raise_nothing_usable(len(shard))

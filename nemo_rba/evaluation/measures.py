@@ -7,7 +7,8 @@ holds all that scores, intervals and tests need. The length-controlled win rate 
 the items.
 
 A name is "<what>" or "<what>|<how>", e.g. "BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0": how it was
-computed, for BLEU, chrF and TER sacrebleu's signature. All scores are in percent.
+computed, for BLEU, chrF and TER sacrebleu's signature, for a judge its model, prompt and votes. All scores are in
+percent, but for a judge's mean grade, which is on the judge's scale.
 """
 
 from collections.abc import Mapping, Sequence

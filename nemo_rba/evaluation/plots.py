@@ -28,6 +28,7 @@ ARM_COLOURS = (
     "#0969a8", "#d97706", "#4d8c57", "#8a5a9e", "#b5485d", "#5b7f95", "#2f9e9e", "#a08a2c", "#7a4419", "#c2188b",
     "#3f51b5", "#93c01f",
 )  # fmt: skip
+OTHER_LINES = ("o--", "s:", "^-.", "D--", "v:")  # of those who are no arms, and share a colour
 SETTINGS = {
     "font.size": 9.5,
     "font.family": "sans-serif",
@@ -87,7 +88,7 @@ def systems_figure(conditions: Sequence[Condition], roles: Roles) -> bytes:
                     _dot(axes, row, whole.scores[label], _colour(label, roles), whole.seeds[label])
             _rows(axes, labels, roles)
             axes.set_title(f"{condition.name} ({whole.num_items} items)")
-            axes.set_xlabel("score, %")
+            axes.set_xlabel(condition.quantity or "score, %")
         _share_x(panels)
         return _png(figure)
 
@@ -117,23 +118,24 @@ def gap_figure(conditions: Sequence[Condition], roles: Roles) -> bytes:
 
 
 def robustness_figure(
-    places: Sequence[float], scores: Mapping[str, Sequence[Interval]], roles: Roles, *, x_label: str
+    places: Sequence[float], scores: Mapping[str, Sequence[Interval]], roles: Roles, *, x_label: str, y_label: str
 ) -> bytes:
     """Score of every system over what was varied, e.g. the signal-to-noise ratio."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(7.4, 3.8), layout="constrained")
         axes = figure.subplots()
+        others = dict(zip((label for label in scores if label not in roles.arms), OTHER_LINES, strict=False))
         for label, row in scores.items():
             colour, is_arm = _colour(label, roles), label in roles.arms
             axes.fill_between(
                 places, [i.low for i in row], [i.high for i in row], color=colour, alpha=0.12, linewidth=0
             )
             axes.plot(
-                places, [i.value for i in row], "o-" if is_arm else "o--", color=colour, markersize=4.5,
+                places, [i.value for i in row], others.get(label, "o-"), color=colour, markersize=4.5,
                 linewidth=1.9 if is_arm else 1.1, label=label,
             )  # fmt: skip
         axes.set_xlabel(x_label)
-        axes.set_ylabel("score, %")
+        axes.set_ylabel(y_label)
         axes.grid(axis="y", color=PALE, linewidth=0.6)
         axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
         return _png(figure)

@@ -16,13 +16,12 @@ import numpy as np
 from nemo_rba.evaluation import plots
 from nemo_rba.evaluation.conditions import HeldOut
 from nemo_rba.evaluation.document import Block, Bullets, Figure, Heading, Link, Paragraph, Strong, Table, write_document
-from nemo_rba.evaluation.modality import number, reading_blocks, robustness_blocks
+from nemo_rba.evaluation.modality import gap_blocks, number, probability, reading_blocks, robustness_blocks
+from nemo_rba.evaluation.notes import cut_off_notes, honest_notes
 from nemo_rba.evaluation.quantities import account_blocks, quantity_blocks
 from nemo_rba.evaluation.results import Condition, Roles, Slice, summarise
 from nemo_rba.evaluation.runner import Prediction
 from nemo_rba.evaluation.statistics import Interval
-
-NUM_SEEDS_FOR_A_CLAIM = 3
 
 
 def write_report(
@@ -54,7 +53,7 @@ def write_report(
         notes: what a reader must know besides: how settings were chosen, what was not run.
         num_samples: sample prompts shown, half of them improved and half of them worsened by the first arm.
         num_draws, seed: of the bootstrap and of the choice of samples.
-        identity: where the numbers come from, for ``results.json``: models, data, seeds, decoding, version.
+        identity: where the numbers come from: models, data, seeds, decoding, version.
         samples_page: file beside the report that has every item, see ``browser.py``; None for none.
         accounts: condition -> what its scores have cost in this run, see ``rewards.judge.Accounted``; None for nothing.
     """
@@ -63,7 +62,7 @@ def write_report(
     varied = [condition for condition in conditions if condition.name in held_out and held_out[condition.name].curve]
     compared = [c for c in conditions if c.measure == "score" and c not in read and c not in varied]
     headline = _headline(compared[0], roles) if compared else []
-    all_notes = [*notes, *_honest_notes(compared, roles, num_draws)]
+    all_notes = [*notes, *honest_notes(compared, roles, num_draws), *cut_off_notes(predictions, roles)]
     results = {
         "title": title,
         "identity": dict(identity or {}),
@@ -78,6 +77,7 @@ def write_report(
         *((*_systems(compared, roles), *_gap(compared, roles, budget), *_parts(compared, roles)) if compared else ()),
         *quantity_blocks(conditions, roles),
         *reading_blocks(read, predictions, roles, num_draws=num_draws, seed=seed),
+        *gap_blocks(conditions, predictions, held_out, roles, num_draws=num_draws, seed=seed),
         *robustness_blocks(varied, held_out, roles),
         *_recognition(conditions, roles),
         *account_blocks(accounts or {}),
@@ -85,6 +85,7 @@ def write_report(
         *(_samples(compared[0], predictions, roles, num_samples, seed) if compared else ()),
         *([Link("All items, to search, compare and hear", samples_page)] if samples_page else []),
         *(Heading("Notes"), Bullets(all_notes)),
+        *((Heading("Where this comes from"), Bullets([f"{k}: {v}" for k, v in identity.items()])) if identity else ()),
     ]
     folder = Path(folder)
     write_document(folder, "report", title, blocks)
@@ -115,10 +116,8 @@ def _headline(condition: Condition, roles: Roles) -> list[str]:
 
 
 def _systems(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
-    rows = []
-    for label in roles.labels:
-        cells = [number(c.whole.scores[label]) if label in c.whole.scores else "–" for c in conditions]
-        rows.append([label, str(len(roles.seeds(label))), *cells])
+    columns = [dict(zip(roles.labels, _cells(c.whole.scores, roles), strict=True)) for c in conditions]
+    rows = [[label, str(len(roles.seeds(label))), *(cells[label] for cells in columns)] for label in roles.labels]
     header = ["system", "seeds", *(f"{_described(c)} ({c.whole.num_items} items)" for c in conditions)]
     caption = (
         "Dots: score, mean over seeds. Bars: 95 % interval over items. Rings: single seeds. Hairlines: start, teacher."
@@ -138,14 +137,16 @@ def _gap(conditions: Sequence[Condition], roles: Roles, budget: Mapping[str, Map
     columns = list(dict.fromkeys(column for given in budget.values() for column in given))
     header = ["arm", *columns]
     for condition in conditions:
-        header += [f"gap closed, {condition.name}", f"{roles.arms[0]} minus it, points"]
+        header += [f"gap closed, {condition.name}", "minus the start, points"]
+        header += [f"{roles.arms[0]} minus it, points"] * bool(roles.arms[1:])
     rows = []
     for arm in roles.arms:
         row = [arm, *(budget[arm][c] if arm in budget and c in budget[arm] else "–" for c in columns)]
         for condition in conditions:
-            rival = arm in condition.whole.differences
-            difference = _tested(condition.whole.differences[arm]) if rival else "–"
-            row += [number(condition.whole.gap_closed[arm], " %"), difference]
+            whole = condition.whole
+            row += [number(whole.gap_closed[arm], " %"), _tested(whole.gains[arm])]
+            if roles.arms[1:]:
+                row.append(_tested(whole.differences[arm]) if arm in whole.differences else "–")
         rows.append(row)
     caption = (
         "Gap closed = (aligned - start) / (teacher - start), paired bootstrap over items, 95 %. p: two-sided, paired "
@@ -159,7 +160,8 @@ def _gap(conditions: Sequence[Condition], roles: Roles, budget: Mapping[str, Map
 
 
 def _tested(difference: Interval) -> str:
-    return f"{number(difference, sign=True)}, p {difference.p_value:.3f}" if difference.is_defined else "–"
+    p_value = probability(difference)
+    return number(difference, sign=True) + ("" if p_value == "–" else f", p {p_value}")
 
 
 def _parts(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
@@ -185,13 +187,15 @@ def _parts(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
 
 
 def _part_row(name: str, part: Slice, roles: Roles) -> list[str]:
-    best = part.scores[part.best_arm(roles.arms)].value
-    cells = []
-    for label in roles.labels:
-        value = part.scores[label].value if label in part.scores else math.nan
-        text = "–" if math.isnan(value) else f"{value:.1f}"
-        cells.append(Strong(text) if label in roles.arms and value == best else text)
-    return [name, str(part.num_items), *cells]
+    return [name, str(part.num_items), *_cells(part.scores, roles)]
+
+
+def _cells(scores: Mapping[str, Interval], roles: Roles) -> list[str]:
+    """Every system's score, the best arm's in bold where it is ahead of another one."""
+    values = {arm: scores[arm].value for arm in roles.arms if arm in scores and scores[arm].is_defined}
+    best = max(values.values(), default=math.nan) if len(set(values.values())) > 1 else math.nan
+    texts = {label: number(scores[label]) if label in scores else "–" for label in roles.labels}
+    return [Strong(text) if values.get(label) == best else text for label, text in texts.items()]
 
 
 def _recognition(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
@@ -250,27 +254,6 @@ def _samples(
     )
     header = ["now", "said", f"before: {roles.start}", f"after: {roles.arms[0]}", f"{roles.teacher}"]
     return [Heading("Sample prompts"), Paragraph(summary), Table(header, rows, is_numeric=False)]
-
-
-def _honest_notes(conditions: Sequence[Condition], roles: Roles, num_draws: int) -> list[str]:
-    notes = [
-        f"Intervals: 95 %, percentile bootstrap over items, {num_draws} draws, paired across systems, of the mean over "
-        "seeds. They do not contain the variation between training seeds, which the rings show.",
-        "Bold in the tables by kind and family marks a row's best arm on this very test set: a description, no claim.",
-    ]
-    for arm in roles.arms:
-        if len(roles.seeds(arm)) < NUM_SEEDS_FOR_A_CLAIM:
-            notes.append(
-                f"{arm}: {len(roles.seeds(arm))} training seed(s), {NUM_SEEDS_FOR_A_CLAIM} are needed for a claim."
-            )
-    for condition in conditions:
-        share = max(closed.undefined for closed in condition.whole.gap_closed.values())
-        if share > 0:
-            notes.append(
-                f"{condition.name}: in {100 * share:.1f} % of the resamples the teacher was not better than the start; "
-                "the gap closed is undefined there, and its interval leaves them out."
-            )
-    return notes
 
 
 def _plain(value: object) -> object:

@@ -50,6 +50,7 @@ class Slice:
     scores: dict[str, Interval]  # label -> score in percent, mean over seeds
     seeds: dict[str, list[float]]  # label -> score of each seed
     gap_closed: dict[str, Interval]  # arm -> percent of the gap between start and teacher
+    gains: dict[str, Interval]  # arm -> arm minus start, in points, with a p-value
     differences: dict[str, Interval]  # rival arm -> first arm minus rival, in points, with a p-value
 
     def best_arm(self, arms: Iterable[str]) -> str:
@@ -200,6 +201,7 @@ def _slice(items: dict[str, np.ndarray], roles: Roles, bootstrap: Bootstrap, *, 
         scores={label: bootstrap.score(arrays) for label, arrays in arms.items()},
         seeds={label: [bootstrap.value(array) for array in arrays] for label, arrays in arms.items()},
         gap_closed={arm: bootstrap.gap_closed(start, arms[arm], teacher) for arm in roles.arms if has_gap},
+        gains={arm: bootstrap.difference(arms[arm], start) for arm in roles.arms if arm in arms and start is not None},
         differences={arm: bootstrap.difference(arms[first], arms[arm]) for arm in rivals if first in arms},
     )
 

@@ -5,8 +5,9 @@ The file's first line says who was asked, what, and how it decoded; every furthe
 written batch by batch, so an interrupted run goes on where it stopped; a line cut off by the interruption is dropped.
 Scores in the file are for people: they are computed anew on every run, so a corrected verifier needs no new answers.
 
-The file knows a system by its name and decoding, not by its weights: give a new checkpoint a new name or output folder.
-``rescore`` needs neither system nor sound: it scores what is there.
+The file's first line also says what else the answers depend on, as far as the caller tells: weights, and how the items
+reach the system. Where that has changed the answers are another's, and a run refuses to go on with them. ``rescore``
+needs neither system nor sound: it scores what is there.
 
 With several ranks all call ``run`` and all get all predictions. Each data-parallel rank asks its share of the items and
 writes a file of its own (``<system>.rank-<r>.jsonl`` from the second on); all read all files, so a run may go on with
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -84,9 +86,14 @@ class TeacherSystem:
         self.teacher = teacher
         self.params = params
         self.decoding = asdict(params)
+        self._known: dict[str, str] = {}  # prompt -> answer: conditions that speak the same words are read alike
 
     def answer(self, batch: SpeechBatch) -> list[Rollout]:
-        return _read_and_answer(self.teacher, batch.instructions, self.params)
+        prompts = [_typed_prompt(self.teacher, item) for item in batch.instructions]
+        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._known))
+        if new:
+            self._known |= zip(new, self.teacher.generate(new, self.params), strict=True)
+        return _rollouts(batch.instructions, [self._known[prompt] for prompt in prompts])
 
 
 class CascadeSystem:
@@ -125,7 +132,8 @@ class CascadeSystem:
         transcripts = self.policy.generate(self._ask_for_words(batch), group_size=1, params=self.transcribe_params)
         heard = {rollout.prompt_index: rollout.response for rollout in transcripts}
         instructions = [replace(item, text=heard[row]) for row, item in enumerate(batch.instructions)]
-        return _read_and_answer(self.teacher, instructions, self.params)
+        prompts = [_typed_prompt(self.teacher, item) for item in instructions]
+        return _rollouts(instructions, self.teacher.generate(prompts, self.params))
 
     def _ask_for_words(self, batch: SpeechBatch) -> SpeechBatch:
         instructions = tuple(replace(item, context=self.transcribe_context) for item in batch.instructions)
@@ -137,15 +145,21 @@ class CascadeSystem:
         )
 
 
-def run(system: System, task: ItemTask, output: str | Path) -> list[Prediction]:
+def run(
+    system: System, task: ItemTask, output: str | Path, basis: Mapping[str, object] = MappingProxyType({})
+) -> list[Prediction]:  # fmt: skip
     """Every item of ``task`` answered by ``system``, in the task's order; goes on with what ``output`` already has.
 
+    Args:
+        basis: what else the answers depend on: a fingerprint of the weights, how items are heard; plain JSON.
+
     Raises:
-        ValueError: the file belongs to another system, task or decoding; an item has changed since; two items share
-            an id; the system did not answer every prompt of a batch exactly once.
+        ValueError: the file belongs to another system, task, decoding or basis; an item has changed since; two items
+            share an id; the system did not answer every prompt of a batch exactly once.
     """
     folder, name = Path(output) / _file_name(task.name, "task"), _file_name(system.name, "system")
-    header = {"system": system.name, "task": task.name, "measure": task.measure, "decoding": dict(system.decoding)}
+    header = {"system": system.name, "task": task.name, "measure": task.measure, "decoding": dict(system.decoding),
+              "basis": dict(basis)}  # fmt: skip
     share = data_parallel_rank()
     log = _PredictionLog(folder / (f"{name}.jsonl" if share == 0 else f"{name}.rank-{share}.jsonl"), header)
     others = [_PredictionLog(path, header) for path in sorted(folder.glob(f"{name}.rank-*.jsonl"))]
@@ -169,6 +183,7 @@ class SavedAnswers:
 
     path: Path
     decoding: Mapping[str, object]  # {} where nothing was kept
+    basis: Mapping[str, object]  # as ``run`` was told; {} where nothing was
     predictions: Mapping[str, Prediction]  # id -> prediction, scored as it was then
 
 
@@ -179,7 +194,7 @@ def read_answers(system: str, task: str, output: str | Path) -> SavedAnswers:
         ValueError: a file is of another system or task, or ranks decoded differently.
     """
     folder, name = Path(output) / _file_name(task, "task"), _file_name(system, "system")
-    found, decoding = {}, {}
+    found, decoding, basis = {}, {}, {}
     for path in (folder / f"{name}.jsonl", *sorted(folder.glob(f"{name}.rank-*.jsonl"))):
         header, predictions = _PredictionLog.content(path)
         if header is None:
@@ -187,9 +202,9 @@ def read_answers(system: str, task: str, output: str | Path) -> SavedAnswers:
         owner = {"system": system, "task": task, "decoding": decoding or header["decoding"]}
         if {key: header[key] for key in owner} != owner:
             raise ValueError(f"{path} belongs to {header}, expected {owner}: name the folder that the answers are in")
-        decoding = header["decoding"]
+        decoding, basis = header["decoding"], header.get("basis", {})
         found |= {prediction.id: prediction for prediction in predictions}
-    return SavedAnswers(path=folder / f"{name}.jsonl", decoding=decoding, predictions=found)
+    return SavedAnswers(path=folder / f"{name}.jsonl", decoding=decoding, basis=basis, predictions=found)
 
 
 def rescore(saved: SavedAnswers, task: ItemTask, items: Sequence[Instruction]) -> list[Prediction]:
@@ -234,7 +249,8 @@ class _PredictionLog:
         found, predictions = self.content(self.path)
         if found is not None and found != self.header:
             raise ValueError(
-                f"{self.path} belongs to {found}, expected {self.header}: use a new output folder, or delete the file"
+                f"{self.path} holds answers of something else: {_differences(found, self.header)}. Use a new output "
+                "folder, or delete the file"
             )
         return predictions
 
@@ -264,6 +280,15 @@ class _PredictionLog:
         if not path.exists():
             return []
         return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _differences(found: Mapping, expected: Mapping) -> str:
+    """What two headers disagree in, in words."""
+    flat = [{key: value for key, value in header.items() if not isinstance(value, dict)}
+            | {f"{key} {inner}": value for key in header if isinstance(header[key], dict)
+               for inner, value in header[key].items()} for header in (found, expected)]  # fmt: skip
+    names = [key for key in {**flat[0], **flat[1]} if flat[0].get(key) != flat[1].get(key)]
+    return "; ".join(f"{key} was {flat[0].get(key)!r}, expected {flat[1].get(key)!r}" for key in names)
 
 
 def _predict(system: System, task: ItemTask, batch: SpeechBatch) -> Iterator[Prediction]:
@@ -315,11 +340,12 @@ def _line(record: dict) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
-def _read_and_answer(teacher: Teacher, instructions: Sequence[Instruction], params: SamplingParams) -> list[Rollout]:
-    prompts = [
-        teacher.render([{"role": "user", "content": typed(item)}], open_turn="assistant") for item in instructions
-    ]
-    responses = teacher.generate(prompts, params)
+def _typed_prompt(teacher: Teacher, instruction: Instruction) -> str:
+    return teacher.render([{"role": "user", "content": typed(instruction)}], open_turn="assistant")
+
+
+def _rollouts(instructions: Sequence[Instruction], responses: Sequence[str]) -> list[Rollout]:
+    """What a teacher answered, one rollout an instruction."""
     return [
         Rollout(
             prompt_index=row,

@@ -20,7 +20,7 @@ import torch
 from nemo_rba.distributed.once import once_per_model
 from nemo_rba.evaluation.measures import LENGTH_CONTROLLED, Statistics, item_share, set_score, short_name
 from nemo_rba.protocols import EvalTask, Metrics, RewardFunction
-from nemo_rba.rewards.judge import Accounted, baseline
+from nemo_rba.rewards.judge import Accounted, Judged, baseline
 from nemo_rba.rewards.text import normalize
 from nemo_rba.types import Instruction, Rollout, SpeechBatch
 
@@ -177,7 +177,7 @@ class _Rewarded:
 class RewardTask:
     """Any reward in [0, 1] as a measure, in percent: one definition of "good" for training and for the report.
 
-    A judge (``rewards.judge.JudgeReward``) is such a reward.
+    Of a judge, ``JudgedTask`` says more.
 
     Args:
         name, batches, kinds: as for ``InstructionFollowingTask``.
@@ -220,15 +220,13 @@ class RewardTask:
         return {"score": _corpus(self, rollouts)}
 
 
-class WinRateTask(MeasuredTask):
-    """Share of answers that are preferred to a baseline's, in percent, and the same with lengths controlled.
-
-    The latter is AlpacaEval 2's (arXiv 2404.04475), see ``length_control.py`` for what it leaves out; lengths are
-    characters. It is given for a whole set with its interval, but no p-value.
+class JudgedTask(MeasuredTask):
+    """What a judge says of the answers, under names that say so: who judged, by which prompt and with how many votes.
 
     Args:
         name, batches, kinds: as for ``InstructionFollowingTask``.
-        reward: preference for an answer in [0, 1], mostly ``rewards.judge.PairwiseJudgeReward``.
+        reward: ``rewards.judge.JudgeReward`` (measures: its grade as a percentage, and the mean grade itself) or
+            ``AnswerJudgeReward`` (the share of answers that are right).
         prices: as for ``RewardTask``.
     """
 
@@ -237,24 +235,21 @@ class WinRateTask(MeasuredTask):
         *,
         name: str,
         batches: Callable[[], Iterable[SpeechBatch]],
-        reward: RewardFunction,
+        reward: Judged,
         prices: Mapping[str, float] | None,
         kinds: Mapping[str, str],
     ):
         super().__init__(name=name, batches=batches, kinds=kinds)
         self._rewarded = _Rewarded(reward, prices)
+        self._measures = {f"{measure}|{reward.signature}": how for measure, how in reward.measures.items()}
 
     def prepare(self, answers: Sequence[tuple[Instruction, str]]) -> None:
-        """Compare many answers in one call of the reward."""
+        """Judge many answers in one call of the reward: the judge is then asked in parallel."""
         self._rewarded.prepare(answers)
 
     def statistics(self, instruction: Instruction, response: str) -> Statistics:
-        preference = self._rewarded.score(instruction, response)
-        excess = float(len(response) - len(baseline(instruction)))
-        return {
-            "win rate": [100 * preference, 1.0],
-            f"{LENGTH_CONTROLLED}|glm:length_controlled_minimal": [preference, excess],
-        }
+        found = self._rewarded.score(instruction, response)
+        return {measure: [factor * found + offset, 1.0] for measure, (factor, offset) in self._measures.items()}
 
     def account(self) -> dict[str, float]:
         """What the judge was paid for."""
@@ -263,6 +258,25 @@ class WinRateTask(MeasuredTask):
     def score(self, rollouts: Sequence[Rollout]) -> Metrics:
         self.prepare([(rollout.instruction, rollout.response) for rollout in rollouts])
         return super().score(rollouts)
+
+
+class WinRateTask(JudgedTask):
+    """Share of answers that are preferred to a baseline's, in percent, and the same with lengths controlled.
+
+    The latter is AlpacaEval 2's (arXiv 2404.04475), see ``length_control.py`` for what it leaves out; lengths are
+    characters. It is given for a whole set with its interval, but no p-value.
+
+    Args:
+        name, batches, kinds: as for ``InstructionFollowingTask``.
+        reward: ``rewards.judge.PairwiseJudgeReward``.
+        prices: as for ``RewardTask``.
+    """
+
+    def statistics(self, instruction: Instruction, response: str) -> Statistics:
+        preference = self._rewarded.score(instruction, response)
+        excess = float(len(response) - len(baseline(instruction)))
+        controlled = f"{LENGTH_CONTROLLED}|glm:length_controlled_minimal"
+        return {**super().statistics(instruction, response), controlled: [preference, excess]}
 
 
 class TranscriptionTask(MeasuredTask):

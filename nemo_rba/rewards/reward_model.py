@@ -50,7 +50,8 @@ class RewardModel:
                 " expected a trained reward model with one label"
             )
         self._path, self._batch_size, self._scale, self._sigmoid = path, batch_size, scale, sigmoid
-        self._model, self._device = model.to(device).eval(), device
+        self._device = "cuda" if device == "gpu" else device  # Lightning's word for it
+        self._model = model.to(self._device).eval()
 
     @torch.inference_mode()
     def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:

@@ -5,6 +5,7 @@ The teacher's answer is ``rollout.instruction.response``. A group often repeats 
 """
 
 import re
+import string
 import unicodedata
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,9 @@ from torchmetrics.functional.text import word_error_rate
 from torchmetrics.functional.text.rouge import rouge_score
 
 from nemo_rba.types import Rollout
+
+_ARTICLES = ("a", "an", "the")
+_APOSTROPHES = str.maketrans("‘’ʼ", "'''")
 
 
 class ChrF:
@@ -36,9 +40,11 @@ class ExactMatch:
 class AnswerMatch:
     """1 if the teacher's answer, or an alias of it, stands in the answer as whole words, else 0.
 
-    Case, punctuation, spacing and Unicode form do not count: the match of LlamaQuestions and of SpeechLM work on
-    spoken TriviaQA and WebQuestions, where an answer is a sentence around the fact. ``max_words`` bounds that sentence,
-    or naming everything would be the best policy.
+    The match of LlamaQuestions and of SpeechLM work on spoken TriviaQA and WebQuestions, where an answer is a sentence
+    around the fact. Both are normalised as for SQuAD's exact match (``normalize_answer``), so that what matches exactly
+    is contained. Words that punctuation joins may also stand apart, as for TriviaQA's: "twenty five" in "twenty-five";
+    and the a of "vitamin A" is no article, or vitamin C would do. ``max_words`` bounds the sentence, or naming
+    everything would be the best policy.
     """
 
     def __init__(self, *, max_words: int):
@@ -50,11 +56,10 @@ class AnswerMatch:
         return torch.tensor([float(self._matches(rollout)) for rollout in rollouts])
 
     def _matches(self, rollout: Rollout) -> bool:
-        answer = normalize(rollout.response)
-        if len(answer.split()) > self.max_words:
+        if len(normalize(rollout.response).split()) > self.max_words:
             return False
-        right = map(normalize, (_teacher_answer(rollout, self), *rollout.instruction.aliases))
-        return any(f" {words} " in f" {answer} " for words in right if words)
+        right = (_teacher_answer(rollout, self), *rollout.instruction.aliases)
+        return any(_stands_in(answer, rollout.response) for answer in right)
 
 
 class RougeL:
@@ -143,6 +148,37 @@ def normalize(text: str) -> str:
     """Case-folded NFKC words, without punctuation, one space between them."""
     words = re.sub(r"[^\w\s]|_", " ", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(words.split())
+
+
+def normalize_answer(text: str) -> str:
+    """Words of a short answer as SQuAD compares them (arXiv 1606.05250; torchmetrics' ``squad``).
+
+    Small letters, without ASCII punctuation, the articles a, an and the, and superfluous spaces. Beyond SQuAD: NFKC,
+    punctuation of other scripts becomes spaces and curly apostrophes are apostrophes, and where nothing but articles is
+    there, as of the band The The, they stay.
+    """
+    words = _words(text, between="")
+    return " ".join(word for word in words if word not in _ARTICLES) or " ".join(words)
+
+
+def _words(text: str, *, between: str) -> list[str]:
+    """Small letters; ``between`` in the place of ASCII punctuation, spaces in that of others."""
+    plain = unicodedata.normalize("NFKC", text).lower().translate(_APOSTROPHES)
+    plain = "".join(between if letter in string.punctuation else letter for letter in plain)
+    return "".join(" " if unicodedata.category(letter).startswith("P") else letter for letter in plain).split()
+
+
+def _stands_in(right: str, answer: str) -> bool:
+    """Whether ``answer`` holds ``right`` as whole words, whatever articles stand between them."""
+    if normalize_answer(right) == normalize_answer(answer) != "":
+        return True
+    for between in ("", " "):
+        words = _words(right, between=between)
+        needed = [word for word in words[:-1] if word not in _ARTICLES] + words[-1:]
+        pattern = "(?: (?:a|an|the))* ".join(map(re.escape, needed))
+        if needed and re.search(rf"(?:^| ){pattern}(?: |$)", " ".join(_words(answer, between=between))):
+            return True
+    return False
 
 
 def _rouge_l(answer: str, response: str) -> float:

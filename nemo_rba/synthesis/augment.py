@@ -3,8 +3,8 @@
 
 An augmentation is a callable ``(audio (A,), sampling_rate, key) -> audio (A,)`` whose draws depend on its seed and on
 ``key`` (the id of the utterance) alone, so the order of work, a restart or the number of workers changes nothing. The
-words stay; the length may change. Here are noise, and ``Chain`` and ``OneOf``, which put augmentations together; rooms,
-telephones, codecs, speed and level are in ``augment_effects.py``.
+words stay; the length may change. It may offer ``check_rate``, see there. Here are noise, and ``Chain`` and ``OneOf``,
+which put augmentations together; rooms, telephones, codecs, speed and level are in ``augment_effects.py``.
 """
 
 import hashlib
@@ -106,6 +106,11 @@ class Chain:
             audio = augmentation(audio, sampling_rate, f"{key}/{place}")
         return audio
 
+    def check_rate(self, sampling_rate: int) -> None:
+        """See the function ``check_rate``."""
+        for augmentation in self._augmentations:
+            check_rate(augmentation, sampling_rate)
+
 
 class OneOf:
     """One of several augmentations, drawn for each utterance.
@@ -133,6 +138,17 @@ class OneOf:
         draw = keyed_rng(self._seed, f"{key}/choice").random()
         augmentation = self._augmentations[int(np.searchsorted(self._bounds, draw, side="right"))]
         return audio if augmentation is None else augmentation(audio, sampling_rate, key)
+
+    def check_rate(self, sampling_rate: int) -> None:
+        """See the function ``check_rate``."""
+        for augmentation in self._augmentations:
+            check_rate(augmentation, sampling_rate)
+
+
+def check_rate(augmentation: Augmentation | None, sampling_rate: int) -> None:
+    """Raise ValueError where an augmentation tells, by its method ``check_rate``, that it cannot work at this rate."""
+    if hasattr(augmentation, "check_rate"):
+        augmentation.check_rate(sampling_rate)
 
 
 def keyed_seed(seed: int, key: str) -> int:

@@ -183,17 +183,21 @@ class Codec:
         seed: with ``key`` it decides every draw.
 
     Raises:
-        ValueError: an unknown codec, a range upside down, or a codec that this libsndfile does not write; on use, a
-            sampling rate that the codec does not have (opus: 8, 12, 16, 24 and 48 kHz).
+        ValueError: an unknown codec, a range upside down, or a codec that this libsndfile does not write; on use, or by
+            ``check_rate``, a sampling rate that the codec does not have (opus: 8, 12, 16, 24 and 48 kHz).
     """
 
     def __init__(self, *, codecs: Sequence[str], compression_min: float, compression_max: float, seed: int):
         self._codecs, self._seed = _check_codecs(codecs, CODECS), seed
         _check_range("compression", compression_min, compression_max)
         self._compression = (compression_min, compression_max)
+        self.check_rate(16000)  # which they all have
+
+    def check_rate(self, sampling_rate: int) -> None:
+        """See ``augment.check_rate``."""
         for codec in self._codecs:
             for level in self._compression:
-                _compress(torch.zeros(1600), 16000, codec, level)
+                _compress(torch.zeros(sampling_rate // 10), sampling_rate, codec, level)
 
     def __call__(self, audio: Tensor, sampling_rate: int, key: str) -> Tensor:
         """audio (A,) -> (A,), float32 in [-1, 1]. ``key`` names the utterance."""

@@ -34,7 +34,7 @@ class NearDuplicateFilter:
 
     Raises:
         ValueError: settings out of range.
-        ImportError: datasketch is missing (when the first text is judged).
+        ImportError: datasketch is missing.
     """
 
     name = "near duplicate"
@@ -44,9 +44,13 @@ class NearDuplicateFilter:
             raise ValueError(f"NearDuplicateFilter: ngram={ngram}, threshold={threshold}, num_permutations="
                              f"{num_permutations}, seed={seed}; expected ngram at least 1, 0 < threshold < 1, "
                              "num_permutations at least 16 and seed at least 0")  # fmt: skip
+        try:
+            from datasketch import MinHashLSH
+        except ImportError as error:
+            raise ImportError("NearDuplicateFilter needs datasketch: pip install datasketch") from error
         self._ngram, self._threshold, self._num_permutations, self._seed = ngram, threshold, num_permutations, seed
         self._texts: list[str] = []  # kept; the index proposes places in it
-        self._index = None
+        self._index = MinHashLSH(threshold=threshold, num_perm=num_permutations)
 
     def reason(self, instruction: Instruction) -> str | None:
         """See ``Filter``; remembers the text."""
@@ -65,12 +69,8 @@ class NearDuplicateFilter:
         return set(word_runs(words, self._ngram)) or {" ".join(words)}
 
     def _signature(self, runs: set[str]):
-        try:
-            from datasketch import MinHash, MinHashLSH
-        except ImportError as error:
-            raise ImportError("NearDuplicateFilter needs datasketch: pip install datasketch") from error
-        if self._index is None:
-            self._index = MinHashLSH(threshold=self._threshold, num_perm=self._num_permutations)
+        from datasketch import MinHash
+
         signature = MinHash(num_perm=self._num_permutations, seed=self._seed)
         signature.update_batch([run.encode() for run in sorted(runs)])
         return signature
@@ -82,8 +82,8 @@ class EmbeddingDuplicateFilter:
     Every kept embedding is compared, in blocks: right for up to about a million texts. Has a memory.
 
     Args:
-        embed: texts -> (N, D) embeddings, e.g. ``SentenceTransformer(...).encode`` with tensors; must give the same for
-            a text whatever its neighbours, or a resumed run may differ.
+        embed: texts -> (N, D) embeddings, e.g. ``embedding.HFEmbedder``; the same for the same texts, or a resumed run
+            may differ.
         max_similarity: the highest cosine similarity to keep, in (0, 1).
     """
 
@@ -133,8 +133,9 @@ class ContaminationFilter:
     An evaluation item shorter than ``ngram`` words is compared as a whole. Says which set it was, by the file's name.
 
     Args:
-        files: evaluation sets: ``.txt`` (one item a line), ``.jsonl`` or ``.jsonl.gz`` (the text under ``key``; or
-            Lhotse cuts, whose supervisions are read), or a Lhotse Shar folder.
+        files: evaluation sets in UTF-8: ``.txt`` (one item a line), ``.jsonl``, ``.jsonl.gz`` or ``.json`` (objects,
+            one a line, in ``.json`` also all in one array, with the text under ``key``; or Lhotse cuts, whose
+            supervisions are read), or a Lhotse Shar folder.
         ngram: words in a run; 8 to 13 in the literature.
         max_covered: share of the text's words that shared runs may cover, in [0, 1); 0 drops at the first shared run.
         key: where a JSON line has its text: a NeMo manifest's ``text``, ``question``, ``instruction``.
@@ -207,23 +208,42 @@ def evaluation_texts(path: Path, key: str) -> Iterator[str]:
 
 def _file_texts(path: Path, key: str) -> Iterator[str]:
     if not path.name.endswith((".txt", ".jsonl", ".json", ".jsonl.gz")):
-        raise ValueError(f"ContaminationFilter: {path} in files; expected .txt, .jsonl, .jsonl.gz or a Shar folder")
+        raise ValueError(f"ContaminationFilter: {path} in files; expected .txt, .jsonl, .jsonl.gz, .json or a Shar "
+                         "folder")  # fmt: skip
+    for place, item in _items(path):
+        texts = [item] if path.suffix == ".txt" else _row_texts(item, key)
+        if texts is None:
+            shown = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+            raise ValueError(f"ContaminationFilter: {path} {place} is {shown.strip()[:40]!r}; expected JSON with a "
+                             f"text under key={key!r}, or a Lhotse cut")  # fmt: skip
+        yield from texts
+
+
+def _items(path: Path) -> Iterator[tuple[str, object]]:
+    """Where each item stands and what it is: a line, or an element of the one array of a ``.json`` file."""
     open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            texts = [line] if path.suffix == ".txt" else _row_texts(line, key)
-            if texts is None:
-                raise ValueError(f"ContaminationFilter: {path} line {number} is {line.strip()[:40]!r}; expected JSON "
-                                 f"with a text under key={key!r}, or a Lhotse cut")  # fmt: skip
-            yield from texts
-
-
-def _row_texts(line: str, key: str) -> list[str] | None:
-    """The texts of one JSON line, or None where it has none in the place expected."""
     try:
-        row = json.loads(line)
+        with open_text(path, "rt", encoding="utf-8-sig") as lines:  # with or without a byte order mark
+            if path.suffix == ".json" and (text := lines.read()).lstrip()[:1] == "[":
+                yield from ((f"item {number}", row) for number, row in enumerate(json.loads(text), start=1))
+                return
+            for number, line in enumerate(text.split("\n") if path.suffix == ".json" else lines, start=1):
+                if line.strip():
+                    yield f"line {number}", line
+    except UnicodeDecodeError as error:
+        raise ValueError(f"ContaminationFilter: {path} is not UTF-8 (byte 0x{error.object[error.start]:02x}: "
+                         f"{error.reason}); convert it, e.g. with iconv -f LATIN1 -t UTF-8") from error  # fmt: skip
+    except json.JSONDecodeError as error:
+        raise ValueError(f"ContaminationFilter: {path} begins as an array and is none: {error}; expected "
+                         "[{...}, ...], or one JSON object a line") from error  # fmt: skip
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"ContaminationFilter: {path} is not a whole gzip file: {error}; copy it again") from error
+
+
+def _row_texts(item: object, key: str) -> list[str] | None:
+    """The texts of one JSON line or object, or None where it has none in the place expected."""
+    try:
+        row = json.loads(item) if isinstance(item, str) else item
         texts = [part["text"] for part in row["supervisions"]] if "supervisions" in row else [row[key]]
     except (json.JSONDecodeError, KeyError, TypeError):
         return None

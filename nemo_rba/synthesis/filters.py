@@ -17,6 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+import regex
+
 from nemo_rba.types import Instruction
 
 URL = re.compile(r"https?://|www\.|\b\w+\.(?:com|org|net|io|edu|gov)\b", re.IGNORECASE)
@@ -59,17 +61,23 @@ class LengthFilter:
 
 
 class CharacterFilter:
-    """Keeps what can be spoken: letters of any script, blanks and ``punctuation``; no code, markdown or URLs.
+    """Keeps what can be spoken: letters, blanks and ``punctuation``; no code, markdown or URLs.
 
     Args:
         punctuation: the marks allowed, e.g. ``.,?!'"-:;``.
-        digits: whether digits are allowed; false for synthesizers that drop them (FastPitch).
+        digits: whether digits and other numbers are allowed; false for synthesizers that drop them (FastPitch).
+        scripts: whose letters are allowed, by their Unicode names (UAX #24), e.g. ``[Latin]``, or ``[Han, Hiragana,
+            Katakana]``; accents go with every script. ``[]`` lets any pass, for a synthesizer of many languages.
+
+    Raises:
+        ValueError: a script that Unicode does not have.
     """
 
     name = "characters"
 
-    def __init__(self, *, punctuation: str, digits: bool):
+    def __init__(self, *, punctuation: str, digits: bool, scripts: Sequence[str]):
         self._punctuation, self._digits = frozenset(punctuation), digits
+        self._letter = _letter_of(scripts)
 
     def reason(self, instruction: Instruction) -> str | None:
         """See ``Filter``."""
@@ -77,13 +85,26 @@ class CharacterFilter:
         for pattern, what in ((URL, "a URL"), (CODE, "code"), (MARKDOWN, "markdown")):
             if pattern.search(text):
                 return f"has {what}"
-        if not self._digits and any(character.isdigit() for character in text):
+        kinds = {character: unicodedata.category(character)[0] for character in text}
+        if not self._digits and "N" in kinds.values():
             return "has digits"
-        return None if all(map(self._speakable, text)) else "has unspeakable characters"
+        # L letters, M combining marks (accents, vowel signs), N numbers
+        if any(kind in "LM" and not self._letter.match(character) for character, kind in kinds.items()):
+            return "has letters of another script"
+        speakable = (c in self._punctuation or c == " " or kind in "LMN" for c, kind in kinds.items())
+        return None if all(speakable) else "has unspeakable characters"
 
-    def _speakable(self, character: str) -> bool:
-        # L letters, M combining marks (accents, vowel signs), N numbers; digits were looked at before
-        return character in self._punctuation or character == " " or unicodedata.category(character)[0] in "LMN"
+
+def _letter_of(scripts: Sequence[str]) -> regex.Pattern:
+    """A pattern of one letter or accent of the scripts; of any where there are none."""
+    classes = "".join(f"\\p{{scx={script}}}" for script in (*scripts, "Inherited"))
+    try:
+        if isinstance(scripts, str) or not all(re.fullmatch(r"[A-Za-z_ ]+", script) for script in scripts):
+            raise regex.error("not a list of names")
+        return regex.compile(f"[{classes}]" if scripts else ".", regex.DOTALL)
+    except regex.error as error:
+        raise ValueError(f"CharacterFilter: scripts={scripts!r}; expected a list of Unicode's names of scripts, such "
+                         "as Latin, Cyrillic, Han, or [] for any") from error  # fmt: skip
 
 
 class RepetitionFilter:
@@ -150,6 +171,14 @@ class CallableFilter:
     def reason(self, instruction: Instruction) -> str | None:
         """See ``Filter``."""
         return None if self._keep(instruction.text) else "refused"
+
+
+def in_order(**filters: Filter | None) -> list[Filter]:
+    """Filters by name as a list, in the order written, without those that are None.
+
+    For YAML: a list can only be replaced as a whole, but to names others are added, changed and switched off.
+    """
+    return [chosen for chosen in filters.values() if chosen is not None]
 
 
 def apply_filters(

@@ -91,13 +91,13 @@ class MarkupFilter:
     """Drops texts with markup: one reason for each kind of ``MARKUP``.
 
     Args:
-        allow: kinds to let pass, e.g. ``["e-mail address", "formula"]`` where a spoken form reads them.
+        allow: kinds to let pass, e.g. ``["e-mail address", "formula"]`` where a spoken form reads them; [] for none.
         field: ``text`` (what is spoken) or ``response``.
     """
 
     name = "markup"
 
-    def __init__(self, *, allow: Sequence[str] = (), field: str = "text"):
+    def __init__(self, *, allow: Sequence[str], field: str):
         unknown = sorted(set(allow) - set(MARKUP))
         if unknown:
             raise ValueError(f"MarkupFilter: allow={unknown}; expected kinds from {', '.join(MARKUP)}")
@@ -124,15 +124,15 @@ class LanguageFilter:
         field: ``text`` (what is spoken) or ``response``.
 
     Raises:
-        ValueError: settings out of range, or a code that py3langid does not know (when the first text is judged).
+        ValueError: settings out of range, or a code that py3langid does not know.
         ImportError: py3langid is missing.
     """
 
     name = "language"
 
-    def __init__(self, *, languages: Sequence[str], min_probability: float, min_bytes: int,
-                 candidates: Sequence[str] = (), field: str = "text"):  # fmt: skip
-        if not languages or (candidates and not set(languages) < set(candidates)):
+    def __init__(self, *, languages: Sequence[str], min_probability: float, min_bytes: int, candidates: Sequence[str],
+                 field: str):  # fmt: skip
+        if isinstance(languages, str) or not languages or (candidates and not set(languages) < set(candidates)):
             raise ValueError(f"LanguageFilter: languages={list(languages)}, candidates={list(candidates)}; expected at "
                              "least one language, and candidates that hold them all and others, or none")  # fmt: skip
         if not 0 < min_probability < 1 or min_bytes < 0:
@@ -141,16 +141,17 @@ class LanguageFilter:
         self._languages, self._candidates = frozenset(languages), tuple(sorted(set(candidates)))
         self._min_probability, self._min_bytes = min_probability, min_bytes
         self._field = check_field(field, "LanguageFilter")
+        _, known = language_identifier(self._candidates)
+        if not self._languages <= known:
+            raise ValueError(f"LanguageFilter: py3langid does not know {sorted(self._languages - known)} of languages; "
+                             "expected ISO 639-1 codes such as en, de, zh")  # fmt: skip
 
     def reason(self, instruction: Instruction) -> str | None:
         """See ``Filter``."""
         text = getattr(instruction, self._field)
         if num_letter_bytes(text) < self._min_bytes:
             return None
-        identifier, known = language_identifier(self._candidates)
-        if not self._languages <= known:
-            raise ValueError(f"py3langid does not know {sorted(self._languages - known)}; expected codes such as en, "
-                             "de, zh in languages of LanguageFilter")  # fmt: skip
+        identifier, _ = language_identifier(self._candidates)
         ranked = identifier.rank(text)
         if sum(float(p) for code, p in ranked if code in self._languages) >= self._min_probability:
             return None
@@ -163,28 +164,32 @@ class RefusalFilter:
 
     Args:
         first_words: how much of the answer is the beginning; a later "I cannot" may be part of a good answer.
-        phrases: reason -> phrases, instead of ``REFUSALS``, e.g. for another language.
-        field: ``response``, or ``text`` to drop such instructions.
+        phrases: reason -> phrases, e.g. for another language; None = ``REFUSALS``.
     """
 
-    name = "refusal"
+    name, field = "refusal", "response"
 
-    def __init__(self, *, first_words: int, phrases: Mapping[str, Sequence[str]] | None = None,
-                 field: str = "response"):  # fmt: skip
+    def __init__(self, *, first_words: int, phrases: Mapping[str, Sequence[str]] | None):
         if first_words < 1:
             raise ValueError(f"RefusalFilter: first_words={first_words}; expected at least 1")
         groups = REFUSALS if phrases is None else phrases
         self._phrases = {reason: [f" {_plain(phrase)} " for phrase in group] for reason, group in groups.items()}
         if not groups or any(not group or "  " in group for group in self._phrases.values()):
             raise ValueError(f"RefusalFilter: phrases={phrases}; expected phrases with words under every reason")
-        self._first_words, self._field = first_words, check_field(field, "RefusalFilter")
+        self._first_words = first_words
 
     def reason(self, instruction: Instruction) -> str | None:
         """See ``Filter``."""
-        words = _plain(getattr(instruction, self._field)).split()
+        words = _plain(getattr(instruction, self.field)).split()
         beginning = f" {' '.join(words[: self._first_words])} "
         found = (reason for reason, group in self._phrases.items() if any(phrase in beginning for phrase in group))
         return next(found, None)
+
+
+class InstructionRefusalFilter(RefusalFilter):
+    """Drops instructions that begin so: a teacher that wrote its own words into the user's turn."""
+
+    name, field = "refusal in the instruction", "text"
 
 
 def check_field(field: str, owner: str) -> str:

@@ -8,15 +8,47 @@ Filters that hold a model are copied without it, as ``SelfSynthesis`` copies its
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from nemo_rba.functional import typed
 from nemo_rba.memory import Memory, fingerprint
 from nemo_rba.protocols import LikelihoodTeacher, RewardFunction
+from nemo_rba.synthesis.teacher import _end_of_turn, check_same_vocabulary
 from nemo_rba.types import Instruction, Rollout
 
 Encode = Callable[[str], Sequence[int]]
+
+
+class AnswerEncoder:
+    """An answer as a teacher of a Hugging Face folder would have written it: token ids with the end of turn.
+
+    Args:
+        path: the teacher's folder.
+
+    Raises:
+        ValueError: no tokenizer with a chat template there.
+    """
+
+    def __init__(self, *, path: str):
+        from transformers import AutoTokenizer
+
+        if not (Path(path) / "tokenizer_config.json").is_file():
+            raise ValueError(f"AnswerEncoder: no tokenizer in path={path!r}; give the teacher's folder (teacher.path)")
+        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        if not self._tokenizer.chat_template:
+            raise ValueError(f"AnswerEncoder: the tokenizer in path={path!r} has no chat template; give a teacher's")
+        end = _end_of_turn(self._tokenizer, "assistant")
+        self._end = self._tokenizer.eos_token_id if end is None else end
+
+    def __call__(self, answer: str) -> list[int]:
+        """Ids of the answer and of the end of turn."""
+        return [*self._tokenizer(answer.strip(), add_special_tokens=False)["input_ids"], self._end]
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token string -> id, to compare with the teacher's."""
+        return self._tokenizer.get_vocab()
 
 
 class TeacherScoreFilter:
@@ -27,10 +59,15 @@ class TeacherScoreFilter:
     answers that the judge would not give. An empty answer scores minus infinity.
 
     Args:
-        teacher: who judges; needs likelihoods, which hosted teachers do not offer.
+        teacher: who judges; needs likelihoods, which hosted teachers do not offer. Left out of a YAML with
+            ``_partial_: true``, it is the one who writes.
         minimum: lowest mean log-probability to keep, in nats, below 0, e.g. -2.
-        encode: answer -> ids of the teacher's tokens with the end of turn; None = ``teacher.encode_response``.
+        encode: answer -> ids of the teacher's tokens with the end of turn: ``AnswerEncoder`` of the teacher's folder.
+            None = ``teacher.encode_response``, where it has one.
         memory: JSONL file that keeps the scores, in the data set's own folder; "" = none.
+
+    Raises:
+        ValueError: a minimum out of range, a teacher that does not judge, ids that are not the teacher's.
     """
 
     name = "teacher score"
@@ -38,11 +75,16 @@ class TeacherScoreFilter:
     def __init__(self, *, teacher: LikelihoodTeacher, minimum: float, encode: Encode | None = None, memory: str = ""):
         if not -math.inf < minimum < 0:
             raise ValueError(f"TeacherScoreFilter: minimum={minimum}; expected a finite number of nats below 0")
+        if not hasattr(teacher, "logprobs"):
+            raise ValueError(f"TeacherScoreFilter: teacher={type(teacher).__name__} has no logprobs; expected a "
+                             "teacher that judges, such as HFTeacher: a hosted one only writes")  # fmt: skip
         encode = getattr(teacher, "encode_response", None) if encode is None else encode
-        if encode is None or not hasattr(teacher, "logprobs"):
-            raise ValueError(f"TeacherScoreFilter: teacher={type(teacher).__name__} has no "
-                             f"{'encode_response, and encode=None' if hasattr(teacher, 'logprobs') else 'logprobs'}; "
-                             "expected a teacher that judges (HFTeacher), and a way to encode answers")  # fmt: skip
+        if encode is None:
+            raise ValueError(f"TeacherScoreFilter: teacher={type(teacher).__name__} has no encode_response, and "
+                             "encode is None; set encode to {_target_: nemo_rba.synthesis.filters_quality.AnswerEncoder"
+                             ", path: <the teacher's folder>}")  # fmt: skip
+        if hasattr(encode, "vocabulary"):
+            check_same_vocabulary(teacher.vocabulary(), encode.vocabulary())
         self._teacher, self._minimum, self._encode, self._memory = teacher, minimum, encode, memory
         self._scores = ScoreMemory(memory)
 

@@ -5,13 +5,13 @@ This is how Magpie's authors made its mathematics, code and translation sets (ar
 The system turn serves the sampling alone: the answer is the teacher's to the instruction by itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jinja2 import TemplateError
 
 from nemo_rba.protocols import Teacher
 from nemo_rba.synthesis.augment import keyed_rng
-from nemo_rba.synthesis.instructions import Draft
+from nemo_rba.synthesis.instructions import Draft, check_answered, without_openings
 from nemo_rba.synthesis.instructions_plan import Requests, Temperature
 
 
@@ -19,17 +19,20 @@ class MagpieDomains:
     """Seeded batches of instructions, each with its domain, which becomes its ``task``.
 
     Args:
-        teacher: whose open user's turn is continued; a hosted one cannot, as it takes no system turn before.
+        teacher: whose open user's turn is continued; a hosted one needs a ``pre_query`` with ``{{ system }}``.
         domains: name -> ``{system: ..., weight: ...}``: the system turn, "" for none, and how often the domain is drawn
             compared with the others.
+        suppressed_openings: tokens that no instruction begins with, e.g. ``#`` and ``**``; [] for any beginning.
         batch_size, temperature, top_p, max_new_tokens, seed: as for ``instructions_plan.Requests``.
 
     Raises:
-        ValueError: no domains, weights that are not above 0, or a chat template without system turns.
+        ValueError: no domains, weights that are not above 0, a chat template without system turns, or see
+            ``without_openings``.
     """
 
-    def __init__(self, *, teacher: Teacher, domains: Mapping[str, Mapping], batch_size: int, temperature: Temperature,
-                 top_p: float, max_new_tokens: int, seed: int):  # fmt: skip
+    def __init__(self, *, teacher: Teacher, domains: Mapping[str, Mapping], suppressed_openings: Sequence[str],
+                 batch_size: int, temperature: Temperature, top_p: float, max_new_tokens: int, seed: int):  # fmt: skip
+        teacher = without_openings(teacher, suppressed_openings)
         self._requests = Requests(teacher=teacher, batch_size=batch_size, temperature=temperature, top_p=top_p,
                                   max_new_tokens=max_new_tokens, seed=seed)  # fmt: skip
         wrong = [name for name, domain in domains.items() if set(domain) != {"system", "weight"}]
@@ -46,6 +49,7 @@ class MagpieDomains:
         rng = keyed_rng(self._requests.seed, f"domains/{index}")
         drawn = [self._names[i] for i in rng.choice(len(self._names), self._requests.batch_size, p=self._shares)]
         texts = self._requests.complete([self._prompts[name] for name in drawn], index)
+        check_answered(texts)
         return [Draft(text=text, task=name) for text, name in zip(texts, drawn, strict=True)]
 
 

@@ -21,7 +21,6 @@ import errno
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -42,7 +41,8 @@ from nemo_rba.synthesis.spoken_form import SpokenForm
 from nemo_rba.synthesis.text import BARREN_SAMPLES, TextResult, TextStage, TextWork
 from nemo_rba.types import SamplingParams
 
-FREE_KEYS = ("output", "max_batches", "allow_fewer", "on_change")  # may change between two runs of one data set
+# may change between two runs of one data set
+FREE_KEYS = ("output", "max_batches", "allow_fewer", "on_change", "max_failed_share", "language")
 FREE_QUALITY_KEYS = ("max_dropped_share",)  # and these of ``quality``
 CLIP_SECONDS_GUESS = 4.0  # for the estimate of disk space
 
@@ -58,7 +58,9 @@ class SelfSynthesis:
         train_split: the split that the others must share no instruction with, nor a speaker unless ``seen_speakers``.
         max_batches: sampling stops here, met quotas or not.
         allow_fewer: True goes on with what was found, False stops with an error.
+        language: that the voices must speak, as far as they tell, e.g. ``en``; None for any.
         max_duration_seconds: longer clips are dropped.
+        max_failed_share: of a split's clips that may be lost otherwise than by ``quality``; where it is more, it stops.
         shard_size: clips per shard; what an interruption can cost.
         audio_format: ``flac`` or ``wav``.
         output: folder to write; the same for all ranks.
@@ -76,10 +78,10 @@ class SelfSynthesis:
                  speech_filters: Sequence[Filter], response_filters: Sequence[Filter],
                  response_params: SamplingParams, context: str, splits: Sequence[Split], train_split: str,
                  split_of: Callable[[str], str], task_of: Callable[[str], str], kind_of: Callable[[str], str],
-                 batches_at_once: int, max_batches: int, allow_fewer: bool, max_duration_seconds: float,
-                 shard_size: int, audio_format: str, output: str, on_change: str, seed: int,
-                 quality: QualityControl | None):  # fmt: skip
-        check_splits(splits, train_split, response_params)
+                 batches_at_once: int, max_batches: int, allow_fewer: bool, language: str | None,
+                 max_duration_seconds: float, max_failed_share: float, shard_size: int, audio_format: str, output: str,
+                 on_change: str, seed: int, quality: QualityControl | None):  # fmt: skip
+        check_splits(splits, train_split, response_params, language)
         if on_change not in ("refuse", "restart"):
             raise ValueError(f"synthesis.on_change is {on_change!r}; expected 'refuse' or 'restart'")
         if batches_at_once < 1:
@@ -101,7 +103,7 @@ class SelfSynthesis:
         }  # fmt: skip
         self._speech = SpeechStage(
             output=self._output, teacher_name=teacher_name, quality=quality, max_duration_seconds=max_duration_seconds,
-            shard_size=shard_size, audio_format=audio_format, seed=seed,
+            shard_size=shard_size, audio_format=audio_format, max_failed_share=max_failed_share, seed=seed,
             scratch=self._output / "orders" / SCRATCH, has_ended=lambda: self._orders.has_ended(),
         )  # fmt: skip
         _check_output(self._output, splits)
@@ -201,15 +203,13 @@ class SelfSynthesis:
             lacking = ", ".join(
                 f"{'/'.join(filter(None, q))} lacks {n} of {quotas[q]}" for q, n in result.missing.items()
             )
-            reasons = Counter(reason for _, reason in result.dropped).most_common(4)
             message = f"{result.num_sampled} instructions sampled in {result.num_batches} batches: {lacking}"
             if result.num_barren >= BARREN_SAMPLES:
                 message += f" (given up, as the last {result.num_barren} were of no use)"
             if not self._allow_fewer:
                 raise ValueError(
-                    f"{message}. Most dropped for: {', '.join(f'{reason} ({n})' for reason, n in reasons)}. Raise "
-                    "synthesis.max_batches or sampler.temperature, ask for fewer (splits.*.size, shares), or set "
-                    "synthesis.allow_fewer=true; what was sampled is kept"
+                    f"{message}. {result.losses()}. Raise synthesis.max_batches or sampler.temperature, ask for fewer "
+                    "(splits.*.size, shares), or set synthesis.allow_fewer=true; what was sampled is kept"
                 )
             logging.warning(f"{message}; going on with fewer, as synthesis.allow_fewer says")
         check_disjoint(result.splits)

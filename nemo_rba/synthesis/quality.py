@@ -37,9 +37,12 @@ Row = dict[str, str | float]  # id, verdict, reason, value, text, heard: a line 
 class QualityControl:
     """All checks, one after the other, each on the clips that the ones before it did not drop.
 
+    Clips without samples, or with one that is no number, are shown to ``FiniteCheck`` alone: others reckon with them.
+    ``SpeechStage`` drops them also where nobody checks.
+
     Args:
-        checks: by name, in the order of doing: ``FiniteCheck`` before those that reckon with the samples, cheap ones
-            before dear ones. None switches one off. The name stands before its reasons.
+        checks: by name, in the order of doing, cheap ones before dear ones. None switches one off. The name stands
+            before its reasons.
         max_dropped_share: of a split's clips; a run that loses more, for whatever reason, stops with an error.
 
     Raises:
@@ -58,12 +61,18 @@ class QualityControl:
         rows: list[list[Row]] = [[] for _ in utterances]
         places = list(range(len(utterances)))
         for name, check in self._checks.items():
-            findings = check([utterances[place] for place in places]) if places else []
-            for place, finding in zip(places, findings, strict=True):
+            shown = places if isinstance(check, FiniteCheck) else [p for p in places if is_sound(utterances[p].audio)]
+            findings = check([utterances[place] for place in shown]) if shown else []
+            for place, finding in zip(shown, findings, strict=True):
                 if finding.verdict != KEEP:
                     rows[place].append(_row(utterances[place], name, finding))
             places = [place for place in places if dropped_for(rows[place]) is None]
         return rows
+
+
+def is_sound(audio: torch.Tensor) -> bool:
+    """Whether (A,) has samples, all of them numbers."""
+    return len(audio) > 0 and bool(torch.isfinite(audio).all())
 
 
 def dropped_for(rows: Sequence[Row]) -> str | None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from nemo_rba.synthesis.orders import Orders, Place
 from nemo_rba.synthesis.quality import QualityControl
-from nemo_rba.synthesis.speech import SpeechStage
+from nemo_rba.synthesis.speech import FAILED, SpeechStage
 from nemo_rba.synthesis.splits import Split
 from nemo_rba.types import Instruction
 
@@ -77,8 +77,14 @@ class Shards:
             self._orders.place("speech", f"{number:02d}-{split}-{shard:06d}", order)
 
     def wait(self) -> None:
-        """Until all that were added are done."""
+        """Until all that were added are done.
+
+        Raises:
+            ValueError: a split has lost too many of the clips that there were to speak, fewer than asked for maybe.
+        """
         self._orders.wait(self._all_done, handlers={})
+        for name, count in self._begun.items():
+            self._check_losses(name, count)
         for name, reasons in self._dropped.items():
             if reasons:
                 logging.warning(f"split {name}: {reasons.total()} of {self._begun[name]} clips dropped, not made up "
@@ -107,19 +113,24 @@ class Shards:
         self._progress.update(report["items"])
         self._reports[key] = report
         self._dropped[key[0]].update(row["reason"] for row in report["dropped"])
-        self._check_losses(key[0])
+        self._check_losses(key[0], next(split.size for split in self._splits if split.name == key[0]))
 
-    def _check_losses(self, name: str) -> None:
-        lost, asked = self._dropped[name], next(split.size for split in self._splits if split.name == name)
-        if self._quality is None or lost.total() <= self._quality.max_dropped_share * asked:
-            return
+    def _check_losses(self, name: str, asked: int) -> None:
+        lost = self._dropped[name]
+        failed = Counter({reason: count for reason, count in lost.items() if reason.startswith(FAILED)})
+        if failed.total() > self._speech.max_failed_share * asked:
+            self._stop(name, asked, failed, f"synthesis.max_failed_share={self._speech.max_failed_share:g}",
+                       "in dropped.jsonl of the output: mend the synthesizer (splits.*.tts), change what it is given "
+                       "(synthesis.spoken_form, speech_filters) or max_duration_seconds,")  # fmt: skip
+        if self._quality is not None and lost.total() > self._quality.max_dropped_share * asked:
+            self._stop(name, asked, lost, f"quality.max_dropped_share={self._quality.max_dropped_share:g}",
+                       "in dropped.jsonl and quality.jsonl of the output: mend the synthesizer (splits.*.tts), loosen "
+                       "quality.checks,")  # fmt: skip
+
+    def _stop(self, name: str, asked: int, lost: Counter, limit: str, advice: str) -> None:
         self._lost()
-        raise ValueError(
-            f"split {name}: {lost.total()} of {asked} clips dropped so far, more than quality.max_dropped_share="
-            f"{self._quality.max_dropped_share:g} allows, for {_most_common(lost)}. They are listed in dropped.jsonl "
-            "and quality.jsonl of the output: mend the synthesizer (splits.*.tts), loosen quality.checks, or allow a "
-            "larger share"
-        )
+        raise ValueError(f"split {name}: {lost.total()} of {asked} clips dropped so far, more than {limit} allows, for "
+                         f"{_most_common(lost)}. They are listed {advice} or allow a larger share")  # fmt: skip
 
 
 def _most_common(reasons: Counter) -> str:

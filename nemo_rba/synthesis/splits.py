@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_rba.protocols import TTS
-from nemo_rba.synthesis.augment import Augmentation
+from nemo_rba.synthesis.augment import Augmentation, check_rate
 from nemo_rba.synthesis.filters import normalize_text
 from nemo_rba.synthesis.text import Quota
 from nemo_rba.types import Instruction, SamplingParams
@@ -22,7 +22,7 @@ class Split:
     augment: Augmentation | None  # None = clean speech
     instructions_of: str  # its own name, or the split whose first ``size`` instructions it speaks again
     shares: Mapping[str, float]  # kind -> share of ``size``, e.g. {open: 0.5, closed: 0.5}; {} = as they come
-    seen_speakers: bool  # True allows speakers of the training split
+    seen_speakers: bool  # True allows voices of the training split
     num_responses: int  # of the teacher to each instruction, in as many utterances
 
     def quotas(self) -> dict[Quota, int]:
@@ -52,8 +52,14 @@ def one_name(text: str, *, name: str) -> str:
     return name
 
 
-def check_splits(splits: Sequence[Split], train_split: str, response_params: SamplingParams) -> None:
-    """Raise ValueError where splits contradict each other, or share speakers that they must not."""
+def check_splits(
+    splits: Sequence[Split], train_split: str, response_params: SamplingParams, language: str | None
+) -> None:
+    """Raise ValueError where splits contradict each other, share voices that they must not, or cannot be spoken.
+
+    Args:
+        language: that all voices must speak, as far as they tell, see ``check_language``; None for any.
+    """
     by_name = {split.name: split for split in splits}
     if len(by_name) != len(splits) or train_split not in by_name:
         raise ValueError(f"synthesis.splits are {[s.name for s in splits]}, synthesis.train_split is {train_split!r}; "
@@ -80,10 +86,39 @@ def check_splits(splits: Sequence[Split], train_split: str, response_params: Sam
         if split.tts.sampling_rate != train.tts.sampling_rate:
             raise ValueError(f"split {split.name} is spoken at {split.tts.sampling_rate} Hz, {train.name} at "
                              f"{train.tts.sampling_rate} Hz; give all the same tts.sampling_rate")  # fmt: skip
-        shared = sorted(set(split.tts.speakers) & set(train.tts.speakers))
+        check_language(split, language)
+        check_rate(split.augment, split.tts.sampling_rate)
+        voices, taken = voices_of(split.tts), set(voices_of(train.tts).values())
+        shared = sorted(speaker for speaker, voice in voices.items() if voice in taken)
         if split is not train and shared and not split.seen_speakers:
-            raise ValueError(f"split {split.name} shares {len(shared)} speakers with {train.name} ({shared[0]}, ...); "
-                             "give it other tts.voices, or set seen_speakers: true")  # fmt: skip
+            raise ValueError(f"split {split.name} shares {len(shared)} speakers with {train.name} ({shared[0]}, which "
+                             f"is the voice {voices[shared[0]]}, ...); give it other tts.voices, or set seen_speakers: "
+                             "true")  # fmt: skip
+
+
+def voices_of(tts: TTS) -> dict[str, str]:
+    """Speaker -> voice: what the synthesizer's ``voices`` say; else a speaker is a voice of its own."""
+    told = getattr(tts, "voices", {})
+    return {speaker: told.get(speaker, speaker) for speaker in tts.speakers}
+
+
+def check_language(split: Split, language: str | None) -> None:
+    """Raise ValueError where a voice tells, by the synthesizer's ``languages``, that it speaks another language.
+
+    Regional codes belong to their language: en-us and en-gb-x-rp to en.
+    """
+    told = getattr(split.tts, "languages", {})
+    others = {speaker: told[speaker] for speaker in split.tts.speakers if speaker in told}
+    others = {s: code for s, code in others.items() if language and not _belongs(code.lower(), language.lower())}
+    if others:
+        listed = ", ".join(f"{code} ({speaker})" for code, speaker in {c: s for s, c in others.items()}.items())
+        raise ValueError(f"split {split.name}: {len(others)} of {len(split.tts.speakers)} speakers do not speak "
+                         f"synthesis.language={language}, but {listed}; give it other voices (splits.*.tts), or set "
+                         "synthesis.language to null where every text is in the language of its voice")  # fmt: skip
+
+
+def _belongs(code: str, language: str) -> bool:
+    return code == language or code.startswith(f"{language}-")
 
 
 def check_disjoint(splits: Mapping[str, list[Instruction]]) -> None:

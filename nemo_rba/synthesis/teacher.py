@@ -6,12 +6,14 @@ from the folder's generation_config (no hidden top-k or repetition penalty), ran
 the list and the seed (so neither batch size nor sorting changes a text), and finished rows leave the batch.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nemo_rba.synthesis.unanswered import Refusals
 from nemo_rba.types import SamplingParams
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,12 +27,15 @@ class HFTeacher:
     Args:
         path: folder with config.json, weights (safetensors), tokenizer and chat template.
         batch_size: prompts per forward pass.
-        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` spreads the layers over all GPUs that the process sees.
+        device: ``cpu``, ``cuda`` (or ``gpu``), ``cuda:1``; ``auto`` spreads the layers over all GPUs that the process
+            sees.
         dtype: ``float32``, ``bfloat16`` or ``float16``; log-probabilities are float32 in any case.
 
     Raises:
         ValueError: folder, tokenizer, chat template or weights missing or incomplete, or an unknown dtype.
     """
+
+    FREE_KEYS = ("batch_size", "device")  # how it is computed: they may change between two runs of one data set
 
     def __init__(self, *, path: str, batch_size: int, device: str, dtype: str):
         from transformers import AutoTokenizer
@@ -39,7 +44,8 @@ class HFTeacher:
             raise ValueError(f"teacher.batch_size is {batch_size}; expected at least 1")
         if dtype not in DTYPES:
             raise ValueError(f"teacher.dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-        self._batch_size, self._device = batch_size, device
+        self._batch_size, self._device = batch_size, "cuda" if device == "gpu" else device
+        self._suppress, self._refusals = None, Refusals()
         self._check_folder(Path(path))
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         if not self._tokenizer.chat_template:
@@ -48,10 +54,10 @@ class HFTeacher:
                 "instruction-tuned one, or put its chat_template.jinja into the folder"
             )
         self._model = self._load_model(Path(path), DTYPES[dtype]).eval()
-        if device == "auto":
+        if self._device == "auto":
             self._device = self._model.get_input_embeddings().weight.device
         else:
-            self._model.to(device)
+            self._model.to(self._device)
         self._user_end = _end_of_turn(self._tokenizer, "user")
         self._stop_ids = self._find_stop_ids()
 
@@ -79,19 +85,47 @@ class HFTeacher:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[str]:
-        """One completion per rendered prompt, cut before the end of the turn; "" if the turn never ended."""
+        """One completion per rendered prompt, cut before the end of the turn; "" if the turn never ended.
+
+        A prompt that is too long gets ``Unanswered``, which is "" too; ValueError where several are, and nothing else.
+        """
         if not 0 < params.top_p <= 1 or params.temperature < 0 or params.max_new_tokens < 1:
             raise ValueError(f"{params}: expected 0 < top_p <= 1, temperature >= 0 and max_new_tokens >= 1")
-        rows = self._encode(prompts, room=params.max_new_tokens)
+        rows = self._tokenize(prompts)
         generator = torch.Generator().manual_seed(params.seed)
         draws = torch.rand(len(rows), params.max_new_tokens, generator=generator).to(self._device)  # (N, T)
-        completions = [""] * len(rows)
-        for batch in self._batches([len(row) for row in rows]):
+        completions = self._refuse_long(prompts, rows, room=params.max_new_tokens)
+        fitting = [i for i, refused in enumerate(completions) if refused is None]
+        for places in self._batches([len(rows[i]) for i in fitting]):
+            batch = [fitting[place] for place in places]
             written = self._decode_batch([rows[i] for i in batch], draws[batch], params)
             texts = self._tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for i, text in zip(batch, texts, strict=True):
                 completions[i] = text.strip()
         return completions
+
+    def without_openings(self, openings: Sequence[str]) -> "HFTeacher":
+        """This teacher, but nothing that it writes begins with a token that is one of ``openings``, e.g. ``##``.
+
+        Blanks around a token's text do not count. Magpie's authors keep markdown out of instructions like that
+        (arXiv 2406.08464; the logits processors of their code).
+
+        Raises:
+            ValueError: an opening that is no token, and does not begin with another of them.
+        """
+        from transformers import SuppressTokensAtBeginLogitsProcessor
+
+        ids = [[index] for index in range(len(self._tokenizer))]
+        texts = [text.strip() for text in self._tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)]
+        for opening in openings:
+            pieces = self._tokenizer(opening, add_special_tokens=False)["input_ids"]
+            if opening not in texts and (not pieces or texts[pieces[0]] not in openings):
+                raise ValueError(f"sampler.suppressed_openings has {opening!r}, which is no token of the teacher (it "
+                                 f"reads {[texts[piece] for piece in pieces]}); leave it out")  # fmt: skip
+        suppressed = [index for index, text in enumerate(texts) if text in openings]
+        teacher = copy.copy(self)
+        teacher._suppress = SuppressTokensAtBeginLogitsProcessor(suppressed, 0, device=str(self._device))
+        return teacher
 
     def vocabulary(self) -> dict[str, int]:
         """Token string -> id; see ``check_same_vocabulary``."""
@@ -170,6 +204,8 @@ class HFTeacher:
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]  # fmt: skip
+            if self._suppress is not None:
+                logits = self._suppress(ids.new_empty(len(ids), step), logits)  # it looks at how many were written
             token = _sample(logits.float(), draws[alive, step], params)  # (rows alive,)
             stopped = torch.isin(token, stop)
             for row, value, is_stop in zip(alive.tolist(), token.tolist(), stopped.tolist(), strict=True):
@@ -184,18 +220,38 @@ class HFTeacher:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         return [tokens if row in finished else [] for row, tokens in enumerate(written)]
 
-    def _encode(self, prompts: Sequence[str], *, room: int) -> list[list[int]]:
+    def _tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered prompts, whose text already holds every special token."""
-        if not prompts:
-            return []
-        rows = self._tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-        longest, limit = max(len(row) for row in rows), self._tokenizer.model_max_length
-        if longest + room > limit:
-            raise ValueError(
-                f"a prompt of {longest} tokens and a response of up to {room} do not fit the teacher's {limit} tokens; "
-                "lower max_new_tokens or shorten the context"
-            )
+        return self._tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
+
+    def _encode(self, prompts: Sequence[str], *, room: int) -> list[list[int]]:
+        """Token ids of prompts that must all fit, with ``room`` tokens more."""
+        rows = self._tokenize(prompts)
+        longest = max((len(row) for row in rows), default=0)
+        if problem := self._too_long(longest, room):
+            raise ValueError(f"{problem}; lower max_new_tokens or shorten the context")
         return rows
+
+    def _too_long(self, length: int, room: int) -> str:
+        limit = self._tokenizer.model_max_length
+        if length + room <= limit:
+            return ""
+        return f"a prompt of {length} tokens and a response of up to {room} do not fit the teacher's {limit} tokens"
+
+    def _refuse_long(self, prompts: Sequence[str], rows: list[list[int]], *, room: int) -> list[str | None]:
+        """What stands for the answers to prompts that do not fit; None for the others."""
+        if problem := self._too_long(1, room):
+            raise ValueError(f"{problem}; lower max_new_tokens")
+        found: list[str | None] = [None] * len(rows)
+        for place, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            if problem := self._too_long(len(row), room):
+                reason = "the prompt is too long for the teacher"
+                found[place] = self._refusals.refuse(prompt, reason=reason, problem=problem)
+            else:
+                self._refusals.answered()
+        if found and None not in found:
+            self._refusals.check_call(prompts)
+        return found
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Indices in batches of similar length, the longest first, so that memory runs out at once or never."""

@@ -21,9 +21,15 @@ from nemo_rba.synthesis.filters import Filter, apply_filters
 from nemo_rba.synthesis.instructions import Draft, Sampler, answer
 from nemo_rba.synthesis.orders import Handler, Place
 from nemo_rba.synthesis.spoken_form import Spoken, SpokenForm
+from nemo_rba.synthesis.unanswered import Unanswered
 from nemo_rba.types import Instruction, SamplingParams
 
 BARREN_SAMPLES = 5000  # in a row, of which none is of use, after which no more are asked for
+
+# How far instructions come, in this order; an account of a text stage counts them by these names.
+SAMPLED, TYPED, WORDED, SPEAKABLE = "sampled", "after typed filters", "in spoken words", "after spoken filters"
+WANTED, ANSWERS, ANSWERED, KEPT = "with room in a split", "answers", "after answer filters", "kept"
+STEPS = (SAMPLED, TYPED, WORDED, SPEAKABLE, WANTED, ANSWERS, ANSWERED, KEPT)
 
 Quota = tuple[str, str]  # (split, kind); kind "" = any
 HaveDone = Callable[[str, Mapping[str, dict]], None]  # (kind, name -> order): returns when all are done
@@ -74,7 +80,8 @@ class TextWork:
             for text, context, count in zip(order["texts"], order["contexts"], order["counts"], strict=True)
             for _ in range(count)
         ]
-        answers = iter(answer(self._teacher, asked, params))
+        found = answer(self._teacher, asked, params)
+        answers = ({"unanswered": a.reason} if isinstance(a, Unanswered) else a for a in found)
         rows = [{"responses": [next(answers) for _ in range(count)]} for count in order["counts"]]
         return partial(write_jsonl, self.part(order["index"], "answer"), rows)
 
@@ -86,9 +93,19 @@ class TextResult:
     splits: dict[str, list[Instruction]] = field(default_factory=lambda: defaultdict(list))
     num_batches: int = 0
     num_sampled: int = 0
+    steps: Counter = field(default_factory=Counter)  # how many came so far, by ``STEPS``
     dropped: Dropped = field(default_factory=list)
     missing: dict[Quota, int] = field(default_factory=dict)  # what max_batches did not suffice for
     num_barren: int = 0  # the last so many samples gave nothing, not even for a quota that was full
+
+    def losses(self) -> str:
+        """Where the texts went, in a sentence without its full stop, for an error."""
+        if self.num_sampled == 0:
+            return ("Nothing was sampled, so no filter is to blame: look at synthesis.sampler and what it reads, and "
+                    "delete the empty batches in text/ to have it asked again")  # fmt: skip
+        reasons = Counter(reason for _, reason in self.dropped).most_common(4)
+        told = ", ".join(f"{reason} ({count})" for reason, count in reasons)
+        return f"Most dropped for: {told}" if told else "Nothing was dropped"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,6 +119,7 @@ class _Batch:
     said: list[tuple[Instruction, Spoken]] = field(default_factory=list)
     wanted: list[Instruction] = field(default_factory=list)
     responses: list[list[str]] = field(default_factory=list)  # of each that is wanted
+    steps: Counter = field(default_factory=Counter)
     dropped: Dropped = field(default_factory=list)
 
 
@@ -171,6 +189,7 @@ class TextStage:
             self._keep(batch)
             result.num_sampled += len(batch.drafts)
             kept += self._account(batch, lacking, result)
+            result.steps += batch.steps
         return kept
 
     def _sample(self, indices: range) -> list[_Batch]:
@@ -206,6 +225,7 @@ class TextStage:
             readable = [instruction for instruction, draft in pairs if not draft.reason]
             plausible[batch.index], _, dropped = apply_filters(readable, self._instruction_filters)
             batch.dropped += dropped
+            batch.steps.update({SAMPLED: len(batch.drafts), TYPED: len(plausible[batch.index])})
             if self._work.spoken_form is None:
                 batch.said = [(i, Spoken(i.text, None)) for i in plausible[batch.index]]
             elif batch.stored is not None:
@@ -237,6 +257,7 @@ class TextStage:
             else:
                 room[quota] -= self._count(instruction)
                 batch.wanted.append(instruction)
+        batch.steps.update({WORDED: len(worded), SPEAKABLE: len(plausible), WANTED: len(batch.wanted)})
 
     def _count(self, instruction: Instruction) -> int:
         return 1 if instruction.response else self._num_responses.get(self._split_of(instruction.text), 1)
@@ -290,8 +311,13 @@ class TextStage:
         for instruction, responses in zip(batch.wanted, batch.responses, strict=True):
             named = replace(instruction, task=instruction.task or self._task_of(instruction.text))
             for number, response in enumerate(responses):
-                item = replace(named, id=f"{named.id}-{number}" if number else named.id, response=response)
-                if response in responses[:number]:
+                unanswered = response["unanswered"] if isinstance(response, dict) else ""
+                item = replace(
+                    named, id=f"{named.id}-{number}" if number else named.id, response="" if unanswered else response
+                )
+                if unanswered:
+                    batch.dropped.append((item, f"teacher: {unanswered}"))
+                elif response in responses[:number]:
                     batch.dropped.append((item, "response: the same as another answer to this instruction"))
                 else:
                     answered.append(item)
@@ -306,6 +332,7 @@ class TextStage:
             result.splits[quota[0]].append(instruction)
             kept.append(instruction)
         result.dropped += batch.dropped + refused
+        batch.steps.update({ANSWERS: sum(map(len, batch.responses)), ANSWERED: len(plausible), KEPT: len(kept)})
         self._teach(batch.index, kept)
         return len(kept)
 
@@ -343,7 +370,7 @@ def _full(quota: Quota) -> str:
 
 
 def _drafts(written: Iterable[str | Draft]) -> list[Draft]:
-    return [Draft(text=item) if isinstance(item, str) else item for item in written]
+    return [Draft(text=item, reason=getattr(item, "reason", "")) if isinstance(item, str) else item for item in written]
 
 
 def _restored(row: dict) -> Draft:

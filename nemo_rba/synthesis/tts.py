@@ -4,12 +4,17 @@
 ``EspeakTTS`` needs no download and no GPU (the wheel ``espeakng-loader`` carries library and voices); it speaks at a
 few hundred times real time on one core and serves recipes that must run anywhere. ``FastPitchTTS`` is NeMo's own
 FastPitch + HiFi-GAN, batched. Both fit ``protocols.TTS``; neither holds any state between two calls.
+
+Beside what the protocol asks they offer ``languages`` and ``voices``, speaker -> language and speaker -> voice: one
+voice may be several speakers, at other rates or in other languages, and it is voices that must be held out.
 """
 
 import _ctypes
+import contextlib
 import ctypes
 import functools
 import itertools
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +27,11 @@ ESPEAK_RATES = range(80, 451)  # words per minute that espeak-ng accepts
 ESPEAK_PITCHES = range(100)
 SILENCE_LEVEL = 1e-3  # below this a sample counts as silence (-60 dBFS)
 EDGE_SECONDS = 0.05  # silence kept before and after the words
+SAID_PUNCTUATION = "%&@#"  # what a reader would say; a tokenizer may skip other punctuation
+TOKENIZER_LANGUAGES = {
+    "English": "en", "German": "de", "Spanish": "es", "French": "fr", "Italian": "it", "Vietnamese": "vi",
+    "Hindi": "hi", "Arabic": "ar", "Chinese": "zh", "Japanese": "ja",
+}  # what the names of NeMo's tokenizers begin with  # fmt: skip
 
 
 class EspeakTTS:
@@ -51,7 +61,8 @@ class EspeakTTS:
         combinations = itertools.product(voices, rates, pitches)
         self._settings = {f"{v}-r{rate}-p{pitch}": (v, rate, pitch) for v, rate, pitch in combinations}
         self.speakers = tuple(self._settings)
-        self.languages = {speaker: voice.partition("+")[0] for speaker, (voice, *_) in self._settings.items()}
+        self.voices = {speaker: voice for speaker, (voice, *_) in self._settings.items()}
+        self.languages = {speaker: voice.partition("+")[0] for speaker, voice in self.voices.items()}
 
     def synthesize(self, texts: Sequence[str], speakers: Sequence[str]) -> list[Tensor]:
         """One waveform (A_i,) per text, silence trimmed to 50 ms at both ends.
@@ -94,12 +105,17 @@ class _Espeak:
         if self.sampling_rate <= 0:
             raise ValueError(f"espeak-ng does not start from its data in {self._data}; reinstall espeakng-loader")
         self._lib.espeak_ng_SetRandSeed(1)
+        self._lib.espeak_ListVoices.restype = ctypes.c_void_p
+        self._voices = self._lib.espeak_ListVoices(None)  # choosing a voice would list them: to free what it forgets
         self._chunks: list[np.ndarray] = []
         self._callback = self._CALLBACK(self._collect)  # kept: ctypes frees callbacks that nobody holds
         self._lib.espeak_SetSynthCallback(self._callback)
         return self
 
     def __exit__(self, *_exception) -> None:
+        free = ctypes.CDLL(None).free
+        free.argtypes = [ctypes.c_void_p]
+        free(self._voices)  # 2 kB that no call of the library gives back
         self._lib.espeak_Terminate()
         _ctypes.dlclose(self._lib._handle)
 
@@ -136,6 +152,9 @@ class _Espeak:
 class FastPitchTTS:
     """NeMo FastPitch and HiFi-GAN. A speaker is a number of the FastPitch model, written as a string: ``"0"``.
 
+    What is said does not depend on what else is in the batch, see ``keep_padding_out``. The language is the model's,
+    where its normalizer or its tokenizer tells.
+
     Args:
         fastpitch: path of a ``.nemo`` file, or a pretrained name such as ``tts_en_fastpitch_multispeaker``.
         vocoder: the same for HiFi-GAN, e.g. ``tts_en_hifitts_hifigan_ft_fastpitch``.
@@ -146,7 +165,8 @@ class FastPitchTTS:
         device: ``cpu``, ``cuda``, ``cuda:1``.
 
     Raises:
-        ValueError: a model that cannot be loaded, a speaker it has not, or two models of different sampling rates.
+        ValueError: a model that cannot be loaded, is of another kind, or has not the speaker; or two models of
+            different sampling rates.
     """
 
     def __init__(self, *, fastpitch: str, vocoder: str, speakers: Sequence[int], pace: float, batch_size: int,
@@ -163,6 +183,10 @@ class FastPitchTTS:
         if self._model_rate != int(self._vocoder.cfg.sample_rate):
             raise ValueError(f"{fastpitch} (tts.fastpitch) is trained at {self._model_rate} Hz but {vocoder} "
                              f"(tts.vocoder) at {self._vocoder.cfg.sample_rate} Hz; choose a pair")  # fmt: skip
+        if not self._fastpitch.learn_alignment or self._fastpitch.fastpitch.speaker_encoder is not None:
+            raise ValueError(f"{fastpitch} (tts.fastpitch) has no tokenizer of its own (learn_alignment), or speakers "
+                             "that are encoded and not numbered; choose another model")  # fmt: skip
+        keep_padding_out(self._fastpitch.fastpitch)
         embedding = self._fastpitch.fastpitch.speaker_emb
         self._multispeaker = embedding is not None
         num_speakers = embedding.num_embeddings if self._multispeaker else 1
@@ -170,6 +194,8 @@ class FastPitchTTS:
         self._pace, self._batch_size, self._device = pace, batch_size, device
         self.sampling_rate = sampling_rate
         self.speakers = tuple(str(speaker) for speaker in speakers)
+        language = _language_of(self._fastpitch)
+        self.languages = dict.fromkeys(self.speakers, language) if language else {}
 
     def synthesize(self, texts: Sequence[str], speakers: Sequence[str]) -> list[Tensor]:
         """One waveform (A_i,) per text, on the CPU; see ``EspeakTTS.synthesize``."""
@@ -199,11 +225,72 @@ class FastPitchTTS:
         return waveforms
 
     def _parse(self, text: str) -> Tensor:
-        silent = not any(character.isalnum() for character in text)
-        dropped = self._fastpitch.text_normalizer_call is None and any(character.isdigit() for character in text)
-        if silent or dropped:  # the tokenizer would pass over them without a word
-            raise ValueError(f"FastPitch cannot say {text!r}; write numbers and symbols in words")
-        return self._fastpitch.parse(text)[0].cpu()
+        model, said = self._fastpitch, text
+        if model.text_normalizer_call is not None:
+            said = model.text_normalizer_call(text, **model.text_normalizer_call_kwargs)
+        check_sayable(said, model.vocab, "FastPitch")
+        return model.parse(said, normalize=False)[0].cpu()
+
+
+def keep_padding_out(fastpitch: torch.nn.Module) -> None:
+    """Have the layers of a ``FastPitchModule`` see zeros behind the end of a text, as if it were alone.
+
+    NeMo masks what a layer gives, but not what stands between two convolutions of a layer. There the padding of a batch
+    would reach into the ends of its shorter texts, and by attention everywhere: other durations, other speech.
+    """
+    from nemo.collections.tts.modules.fastpitch import TemporalPredictor
+    from nemo.collections.tts.modules.transformer import TransformerLayer
+
+    for module in fastpitch.modules():
+        if isinstance(module, TransformerLayer):
+            _mask_inputs(module, [module.pos_ff.CoreNet[2]])  # the second convolution
+        elif isinstance(module, TemporalPredictor):
+            _mask_inputs(module, [layer.conv for layer in module.layers])
+
+
+def _mask_inputs(module: torch.nn.Module, convolutions: Sequence[torch.nn.Module]) -> None:
+    """Multiply what the convolutions inside ``module`` get, (B, C, T), by the mask it was called with, (B, T, 1)."""
+    mask: list[Tensor] = []
+
+    def note(_, arguments: tuple, keywords: dict) -> None:
+        mask[:] = [keywords["mask"] if "mask" in keywords else arguments[1]]
+
+    module.register_forward_pre_hook(note, with_kwargs=True)
+    for convolution in convolutions:
+        convolution.register_forward_pre_hook(lambda _, arguments: arguments[0] * mask[0].transpose(1, 2))
+
+
+def _language_of(model) -> str | None:
+    """The language of a FastPitch model, None where its config does not tell."""
+    told = [
+        (model.cfg.get(part) or {}).get(key)
+        for part, key in (("text_normalizer", "lang"), ("text_tokenizer", "locale"))
+    ]
+    name = type(model.vocab).__name__
+    told += [language for start, language in TOKENIZER_LANGUAGES.items() if name.startswith(start)]
+    return next((str(language) for language in told if language), None)
+
+
+def check_sayable(text: str, tokenizer, name: str) -> None:
+    """Raise ValueError where a tokenizer of NeMo would pass over letters, digits or symbols, or finds nothing to say.
+
+    Such a tokenizer makes pieces of a text, characters or phonemes, and skips those it does not know with no more than
+    a warning. ``name`` is the synthesizer's, for the message.
+    """
+    prepared = tokenizer.text_preprocessing_func(text)
+    with tokenizer.set_phone_prob(1.0) if hasattr(tokenizer, "set_phone_prob") else contextlib.nullcontext():
+        pieces = tokenizer.g2p(prepared) if hasattr(tokenizer, "g2p") else prepared
+    known = set(tokenizer.tokens)
+    skipped = [p for p in pieces if p not in known and not (len(p) == 3 and p[:2] in known)]  # AH0: AH without stress
+    skipped = [piece for piece in dict.fromkeys(skipped) if any(map(_is_said, piece))]
+    if skipped or not any(character.isalnum() for character in text):
+        why = f"its tokenizer does not know {', '.join(map(repr, skipped))}" if skipped else "it has no letters"
+        raise ValueError(f"{name} cannot say {text!r}: {why}; write numbers and symbols in words, in the letters of "
+                         "its language (synthesis.spoken_form, synthesis.speech_filters)")  # fmt: skip
+
+
+def _is_said(character: str) -> bool:
+    return unicodedata.category(character)[0] in "LMNS" or character in SAID_PUNCTUATION
 
 
 def load_nemo(model_class, source: str, key: str, device: str):

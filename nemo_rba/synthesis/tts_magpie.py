@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemo_rba.synthesis.tts import check_range, check_request, check_sampling_rate, load_nemo, resample, trim_silence
+from nemo_rba.synthesis.tts import (
+    check_range,
+    check_request,
+    check_sampling_rate,
+    check_sayable,
+    load_nemo,
+    resample,
+    trim_silence,
+)
 
 
 class MagpieTTS:
@@ -43,15 +51,16 @@ class MagpieTTS:
                 f"{model} (tts.model) has no baked voices; choose a checkpoint with baked context embeddings"
             )
         check_range("speakers", speakers, range(self._model.num_baked_speakers))
-        self._check_languages(languages)
+        self._tokenizers = self._find_tokenizers(languages)
         self._use_cfg, self._seed, self._device = use_cfg, seed, device
         self.sampling_rate = sampling_rate
-        self._voices = {f"{language}-{index}": (language, index) for language in languages for index in speakers}
-        self.speakers = tuple(self._voices)
-        self.languages = {speaker: language for speaker, (language, _) in self._voices.items()}
+        self._settings = {f"{language}-{index}": (language, index) for language in languages for index in speakers}
+        self.speakers = tuple(self._settings)
+        self.languages = {speaker: language for speaker, (language, _) in self._settings.items()}
+        self.voices = {speaker: f"baked voice {index}" for speaker, (_, index) in self._settings.items()}
 
-    def _check_languages(self, languages: Sequence[str]) -> None:
-        """NeMo would take any tokenizer for a language it does not know."""
+    def _find_tokenizers(self, languages: Sequence[str]) -> dict:
+        """Of each language; NeMo would take any for one it does not know."""
         from nemo.collections.tts.parts.utils.tts_dataset_utils import LANGUAGE_TOKENIZER_MAP
 
         has = set(self._model.tokenizer.tokenizers)
@@ -59,6 +68,8 @@ class MagpieTTS:
         for language in languages:
             if language not in known:
                 raise ValueError(f"tts.languages has {language!r}; this model speaks {', '.join(known)}")
+        names = {language: next(n for n in LANGUAGE_TOKENIZER_MAP[language] if n in has) for language in languages}
+        return {language: self._model.tokenizer.tokenizers[name] for language, name in names.items()}
 
     def synthesize(self, texts: Sequence[str], speakers: Sequence[str]) -> list[Tensor]:
         """One waveform (A_i,) per text, one by one, on the CPU; see ``EspeakTTS.synthesize``."""
@@ -69,7 +80,9 @@ class MagpieTTS:
     def _speak(self, text: str, speaker: str) -> Tensor:
         if not any(character.isalpha() for character in text) or any(character.isdigit() for character in text):
             raise ValueError(f"MagpieTTS cannot say {text!r}; write numbers and symbols in words")
-        language, index = self._voices[speaker]
+        language, index = self._settings[speaker]
+        if hasattr(self._tokenizers[language], "text_preprocessing_func"):  # one of NeMo's own, which skip letters
+            check_sayable(text, self._tokenizers[language], "MagpieTTS")
         digest = hashlib.blake2b(f"{self._seed}:{speaker}:{text}".encode(), digest_size=8).digest()
         with torch.random.fork_rng(devices=[self._device] if self._device.startswith("cuda") else []):
             torch.manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -163,6 +163,16 @@ def test_an_augmentation_is_applied_to_what_was_read_by_the_cut_alone(tmp_path, 
     assert batch.instructions[0].text == "say a"
 
 
+@pytest.mark.parametrize("broken", [torch.full((5,), torch.nan), torch.empty(0)])
+def test_what_an_augmentation_breaks_is_set_aside(tmp_path, word_prompt, cut_of, broken):
+    dataset = SpeechInstructionDataset(
+        prompt=word_prompt, sampling_rate=16000, max_duration_seconds=1.0, max_response_tokens=12,
+        quarantine=tmp_path / "quarantine.jsonl", augmentation=lambda audio, rate, key: broken,
+    )  # fmt: skip
+    assert dataset[CutSet.from_cuts([cut_of("a", level(0.5))])] is None
+    assert listed(dataset) == [("a", "not finite after augmentation")]
+
+
 @pytest.mark.parametrize("key", ["sampling_rate", "max_duration_seconds", "max_response_tokens"])
 def test_limits_must_be_positive(tmp_path, word_prompt, key):
     settings = {"sampling_rate": 16000, "max_duration_seconds": 1.0, "max_response_tokens": 9} | {key: 0}

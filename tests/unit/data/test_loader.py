@@ -156,6 +156,27 @@ def test_a_resumed_stream_is_the_uninterrupted_one(items, make_loader, taken, un
     assert stream(second, 6) == want[taken:]
 
 
+def test_an_augmentation_draws_anew_in_every_epoch_of_training_and_never_in_evaluation(items, make_loader):
+    manifest, keys = items(4), []
+
+    def heard(loader, num_batches: int) -> list[str]:
+        loader.dataset.augmentation = lambda audio, rate, key: keys.append(key) or audio
+        stream(loader, num_batches)
+        return [keys.pop(0) for _ in range(2 * num_batches)]
+
+    loader = make_loader(manifest)
+    training = heard(loader, 4)
+    assert sorted(training) == [f"read/{epoch}/{name}" for epoch in (0, 1) for name in names(*range(4))]
+    again = make_loader(manifest)
+    assert heard(again, 3) == training[:6]
+    resumed = make_loader(manifest)
+    resumed.load_state_dict(again.state_dict())
+    assert heard(resumed, 1) == training[6:], "a resumed run hears what an uninterrupted one hears"
+    assert (
+        heard(make_loader(manifest, shuffle=False, drop_last=False), 4) == [f"read/{n}" for n in names(0, 1, 2, 3)] * 2
+    )
+
+
 def test_the_state_describes_the_batch_in_hand(items, make_loader):
     loader = make_loader(items(8))
     positions = [loader.state_dict()["position"] for _ in loader]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import synthetic_study as synthetic
 
-from nemo_rba.evaluation.conditions import HeldOut
+from nemo_rba.evaluation.conditions import HeldOut, check_curves
+from nemo_rba.evaluation.modality import probability
 from nemo_rba.evaluation.report import write_report
+from nemo_rba.evaluation.statistics import Interval
 
 TEST = Path("test")
 SETS = {
@@ -59,6 +61,34 @@ def test_a_curve_is_drawn_in_order_and_says_what_was_found(folder):
     (row,) = [line for line in section.splitlines() if line.startswith("| RBA ")]
     assert row.split("|")[2].startswith(" 0.0 ["), "0 dB, where RBA answers nothing right"
     assert (folder / "plots" / "robustness-1.png").stat().st_size > 10_000
+
+
+def test_what_a_model_loses_by_hearing_is_paired_item_by_item(folder):
+    page = (folder / "report.md").read_text()
+    section = page.split("## The modality gap of each model: held-out voices against typed (60 items)")[1].split("##")[
+        0
+    ]
+    rows = {line.split("|")[1].strip(): line.split("|") for line in section.splitlines() if line.startswith("| ")}
+    assert "Cascade" not in rows, "it does not read"
+    for label, row in rows.items():
+        if label not in ("who", "---"):
+            assert "+0.0 [+0.0, +0.0]" in row[4], "this study gave the same answers heard and read"
+            assert row[5].strip() == "1.000"
+    assert page.count("## The modality gap") == 1, "a point of a curve is not plain hearing"
+
+
+def test_a_p_value_is_never_zero():
+    difference = Interval(value=1.0, low=0.5, high=1.5, p_value=1 / 2001)
+    assert probability(difference) == "<.001"
+    assert probability(replace(difference, p_value=0.0005)) == "0.001"
+    assert probability(replace(difference, p_value=None)) == probability(replace(difference, value=np.nan)) == "–"
+
+
+def test_two_conditions_at_one_place_of_a_curve_are_refused():
+    sets = {"a": HeldOut(manifest=TEST, curve="SNR, dB", at=0), "b": HeldOut(manifest=TEST, curve="SNR, dB", at=0.0)}
+    with pytest.raises(ValueError, match="'a' and 'b' are both at 0 of the curve 'SNR, dB'"):
+        check_curves(sets)
+    check_curves(sets | {"b": HeldOut(manifest=TEST, curve="speed", at=0)} | {"c": HeldOut(manifest=TEST)})
 
 
 def test_arms_are_compared_where_they_hear_plainly_only(folder):

@@ -86,6 +86,62 @@ def test_what_names_no_option_is_none(answer):
     assert chosen_option(answer, OPTIONS) is None
 
 
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("Not B", None), ("It can't be C", None), ("I don't think it is A", None), ("B is not right", None),
+        ("neither A nor B", None), ("It isn't (b)", None), ("not A or B", None), ("not A but B", "B"),
+        ("The answer is not A, it is B.", "B"), ("The answer is B, not A", "B"), ("C is incorrect; B is correct", "B"),
+        ("Options A and B are both wrong, so D.", "D"), ("A, B and C are incorrect. D.", "D"), ("B. A) is wrong.", "B"),
+        ("It is not Paris", None), ("It is not Paris, it is London", "A"),
+    ],
+)  # fmt: skip
+def test_what_is_rejected_is_not_chosen(answer, letter):
+    assert chosen_option(answer, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("The answer could be A or B", None), ("The answer is (A) or (B)", None), ("The answer is A/B", None),
+        ("A or B", None), ("a or b.", None), ("Either A or B.", None), ("The answer is: A or maybe C", None),
+        ("A. London or B. Paris? It is Paris.", None), ("a) london b) paris", None),
+        ("A. London\nB. Paris\nC. New York\nD. a dog", None),
+        ("The answer is A. No wait, B.", "B"), ("The answer is A. Actually, C.", "C"), ("B? No, C.", "C"),
+        ("The answer is B because A is a city", "B"), ("Answer: A. B is a city in France.", "A"),
+    ],
+)  # fmt: skip
+def test_one_of_several_is_none_unless_the_last_word_says_which(answer, letter):
+    assert chosen_option(answer, OPTIONS) == letter
+
+
+# What VoiceBench's src/evaluator/mcq.py said to each, run side by side.
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("C) New York", "C"), ("The answer is B", "B"),
+        ("The correct answer is D.", "D"), ("the answer is: **C**", "C"), ("I would select A", "A"),
+        ("C is the best answer", "C"), ("The answer is 'B'", "B"), ("答案是B", "B"), ("it would be option C", "C"),
+        ("is **A)**", "A"), ("is (D).", "D"), ("Option B.", "B"), ("I'd say C.", "C"), ("I do not know", None),
+        ("D) a dog", "D"), ("The correct answer is option (c).", "C"), ('"A"', "A"), ("Perhaps D.", "D"),
+        (r"The answer is \( \boxed{B} \)", "B"),
+    ],
+)  # fmt: skip
+def test_clear_answers_are_read_as_voicebench_reads_them(answer, letter):
+    assert chosen_option(answer, OPTIONS) == letter
+
+
+def test_unclear_ones_are_not():
+    theirs = {"not B.": "B", "The answer could be A or B.": "B", "The answer is a dog": "A",
+              "The answer is A. No wait, B.": "A"}  # fmt: skip
+    assert [chosen_option(answer, OPTIONS) for answer in theirs] == [None, None, "D", "B"]
+
+
+def test_options_that_begin_with_a_no_can_be_chosen():
+    assert chosen_option("It is not plausible", ["plausible", "not plausible"]) == "B"
+    assert chosen_option("It is plausible", ["plausible", "not plausible"]) == "A"
+
+
 def test_letters_go_as_far_as_the_options():
     ten = [f"the {n}th of them" for n in range(10)]
     assert chosen_option("The answer is J", ten) == "J"

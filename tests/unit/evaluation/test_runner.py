@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -134,6 +135,36 @@ def test_saved_answers_are_scored_as_a_run_would_score_them(tmp_path):
     path.with_name("fake.rank-1.jsonl").write_text(json.dumps(other) + "\n")
     with pytest.raises(ValueError, match=r"rank-1.jsonl belongs to .*1\.0.* expected .*0\.0"):
         read_answers(system.name, task.name, tmp_path)
+
+
+def test_answers_of_other_weights_or_to_other_sounds_are_not_taken_for_these(tmp_path):
+    basis = {"weights": "abc", "typed": False, "augmentation": {"snr_db_min": 20.0}}
+    whole = run(FakeSystem(), make_task(), tmp_path, basis)
+    again = FakeSystem()
+    assert run(again, make_task(), tmp_path, json.loads(json.dumps(basis))) == whole
+    assert again.asked == []
+    assert read_answers("fake", "held-out voices", tmp_path).basis == basis
+    for change in ({"weights": "def"}, {"augmentation": {"snr_db_min": -20.0}}, {"typed": True}):
+        key, value = next(iter(change.items()))
+        with pytest.raises(ValueError, match=f"something else: basis {key} was .*, expected {re.escape(repr(value))}"):
+            run(FakeSystem(), make_task(), tmp_path, basis | change)
+
+
+def test_the_teacher_answers_the_same_words_once(tmp_path):
+    asked = []
+
+    class Teacher:
+        def render(self, messages, *, open_turn):
+            return messages[0]["content"]
+
+        def generate(self, prompts, params):
+            asked.extend(prompts)
+            return [prompt.upper() for prompt in prompts]
+
+    system = TeacherSystem(name="teacher", teacher=Teacher(), params=PARAMS)
+    first, second = (run(system, make_task(), tmp_path / name) for name in ("heard", "noisy"))
+    assert [p.response for p in first] == [p.response for p in second] == [f"SAY {word.upper()}" for word in WORDS]
+    assert asked == [f"say {word}" for word in WORDS]
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path):

@@ -77,7 +77,7 @@ def evaluated(cfg: DictConfig, manifest: Path, *, without: str = "") -> list[Pre
         for name in (*rba_evaluate.OTHERS, "rba")
         for task in tasks
         if recipe_evaluation.is_asked(name, sets[task.name])
-        for prediction in run(System(name), task, cfg.output)
+        for prediction in run(System(name), task, cfg.output, sets[task.name].way)
     ]
 
 
@@ -101,6 +101,15 @@ def test_scores_are_those_of_the_ordinary_run_without_a_sound(manifest, monkeypa
     assert results["identity"]["decoding"] == "max_new_tokens 4", "the saved one, not the config's"
     assert "accounts" not in results
     assert (manifest.parent / "samples.html").exists()
+
+
+def test_answers_that_were_heard_are_not_called_read(manifest):
+    evaluated(config(manifest), manifest)
+    cfg = config(manifest, "tasks.read.typed=false")
+    with pytest.raises(
+        ValueError, match=r"'typed': True.*'read' is .*'typed': False.* now: name the condition as it was"
+    ):
+        rba_evaluate.saved_predictions(cfg, rba_evaluate.held_out_sets(cfg), ["rba"], manifest.parent)
 
 
 def test_items_without_an_answer_are_counted_and_refused(manifest):

@@ -3,18 +3,21 @@
 
 import json
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from nemo_rba.evaluation.measures import LENGTH_CONTROLLED, set_score
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
 from nemo_rba.evaluation.runner import run
-from nemo_rba.evaluation.tasks import RewardTask, WinRateTask
-from nemo_rba.rewards.judge import PairwiseJudgeReward
+from nemo_rba.evaluation.tasks import JudgedTask, RewardTask, WinRateTask, as_rollout
+from nemo_rba.rewards.judge import AnswerJudgeReward, JudgeReward, PairwiseJudgeReward
 from nemo_rba.synthesis.teacher_openai import OpenAITeacher
 from nemo_rba.types import Instruction, Rollout, SpeechBatch
 
@@ -100,8 +103,8 @@ def make_task(url: str, memory: str = "", **changes) -> WinRateTask:
         max_retries=0, memory="",
     )  # fmt: skip
     reward = PairwiseJudgeReward(
-        judge=judge, name="m", prompt="{instruction}|{first}|{second}", pattern=r"\b([12])\b", votes=1,
-        max_new_tokens=4, temperature=0.0, seed=0, memory=memory,
+        judge=judge, model="m", version="v-1", prompt="{instruction}|{first}|{second}", votes=1, max_new_tokens=4,
+        temperature=0.0, seed=0, memory=memory,
     )  # fmt: skip
     return WinRateTask(**{"name": "alpaca", "batches": lambda: [batch()], "reward": reward, "kinds": {}}
                        | {"prices": PRICES} | changes)  # fmt: skip
@@ -125,6 +128,7 @@ def test_win_rates_their_intervals_and_what_they_cost_are_reported(url, tmp_path
     )  # fmt: skip
     (condition,) = results["conditions"]
     assert (condition["quantity"], list(condition["others"])) == ("win rate", [LENGTH_CONTROLLED])
+    assert condition["signatures"]["win rate"] == "judge:m|prompt:v-1|votes:1|temperature:0"
     scores = condition["whole"]["scores"]
     assert {label: score["value"] for label, score in scores.items()} == {"T": 100.0, "S0": 25.0, "RBA": 50.0}
     items = np.array([[row % 2 == 0, len(said(2, row)) - len("good enough")] for row in range(NUM_ITEMS)], dtype=float)
@@ -160,3 +164,54 @@ def test_nothing_is_told_where_nothing_is_paid_for():
     assert RewardTask(**settings, prices=None).account() == {}
     with pytest.raises(ValueError, match=r"task.prices has \['prompt tokens'\], but nothing is counted"):
         RewardTask(**settings, prices={"prompt tokens": 1.0})
+
+
+class Says:
+    """Says the answer that it is shown."""
+
+    def render(self, messages, *, open_turn):
+        return messages[0]["content"]
+
+    def generate(self, prompts, params):
+        return [prompt.split("|")[-1] for prompt in prompts]
+
+
+HOW = {"judge": Says(), "model": "m", "version": "v-1", "votes": 1, "max_new_tokens": 4, "temperature": 0.0, "seed": 0,
+       "memory": ""}  # fmt: skip
+
+
+def test_a_judges_grades_are_measures_that_say_so(tmp_path):
+    reward = JudgeReward(prompt="{instruction}|{response}", low=1, high=5, **HOW)
+    task = JudgedTask(name="judged", batches=list, reward=reward, prices=None, kinds={})
+    items = batch().instructions[:4]
+    replies = ["2/5", "4", "5 out of 5", "15"]
+    rollouts = [as_rollout(item, text) for item, text in zip(items, replies, strict=True)]
+    scores = task.score(rollouts)
+    assert scores == {"score": 50.0, "judge, 1-5 as 0-100": 50.0, "judge, mean grade 1-5": 3.0}, (
+        "2, 4, 5, and no grade: 1"
+    )
+    assert task.account()["answers without grade"] == 1
+    names = list(task.statistics(items[0], "2/5"))
+    assert names[0] == "judge, 1-5 as 0-100|judge:m|prompt:v-1|votes:1|temperature:0"
+
+
+def test_answers_that_a_judge_calls_right_are_a_share():
+    reward = AnswerJudgeReward(prompt="{instruction}{reference}|{response}", **HOW)
+    task = JudgedTask(name="qa", batches=list, reward=reward, prices=None, kinds={})
+    item = batch().instructions[0]
+    assert [task.item(item, text) for text in ("Yes.", "no", "maybe", "")] == [(100.0, 1.0)] + [(0.0, 1.0)] * 3
+    assert next(iter(task.statistics(item, "no"))).startswith("judged right, by majority|judge:m|")
+
+
+CONF = Path(__file__).parents[3] / "conf"
+
+
+def test_each_shipped_judge_has_a_file_and_a_version_of_its_own():
+    rewards = {
+        path.stem: yaml.safe_load(path.read_text())["task"].get("reward") for path in CONF.glob("evaluation/*.yaml")
+    }
+    judges = [reward for reward in rewards.values() if reward and "judge" in reward]
+    judges.append(yaml.safe_load((CONF / "reward" / "judge.yaml").read_text())["parts"]["judge"])
+    assert len(judges) == 4
+    for key in ("memory", "version", "prompt"):
+        assert set(Counter(judge[key] for judge in judges).values()) == {1}, key

@@ -59,6 +59,21 @@ def test_an_alias_anywhere_in_the_answer_is_right():
         AnswerMatch(max_words=0)
 
 
+@pytest.mark.parametrize(
+    ("right", "answer", "matches"),
+    [
+        ("the Beatles", "Beatles", 1), ("the Beatles", "It was Beatles", 1), ("Lord of the Rings", "lord of rings", 1),
+        ("U.S.", "in the US", 1), ("O'Brien", "It is O’Brien.", 1), ("Obama", "Obama's", 1),
+        ("1,000", "1000 of them", 1),
+        ("twenty five", "it is twenty-five", 1), ("Berlin", "Berlin,Germany", 1), ("The The", "the the!", 1),
+        ("Vitamin A", "It is vitamin A, I think", 1), ("Vitamin A", "It is vitamin C", 0), ("Rome", "Romeo", 0),
+        ("New York", "York is new", 0), ("Paris", "", 0), ("the", "nothing", 0),
+    ],
+)  # fmt: skip
+def test_articles_and_punctuation_do_not_count_but_words_are_whole(right, answer, matches):
+    assert AnswerMatch(max_words=9)([rollout(answer, answer=right)]).tolist() == [matches]
+
+
 def test_rouge_l_by_hand():
     scores = RougeL()([rollout("the big cat sat there"), rollout("sat cat the"), rollout(""), rollout("dogs")])
     torch.testing.assert_close(scores, torch.tensor([2 * 0.6 * 1 / 1.6, 1 / 3, 0.0, 0.0]))

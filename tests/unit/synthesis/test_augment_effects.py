@@ -8,7 +8,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from nemo_rba.synthesis.augment import Chain, OneOf
+from nemo_rba.synthesis.augment import Chain, OneOf, check_rate
 from nemo_rba.synthesis.augment_effects import (
     Codec,
     GeneratedReverberation,
@@ -219,6 +219,15 @@ def test_impossible_settings_are_refused(build, message):
 def test_a_rate_that_a_codec_lacks_and_a_silent_room_are_named(tmp_path):
     with pytest.raises(ValueError, match="cannot write opus at 22050 Hz"):
         Codec(codecs=["opus"], compression_min=0, compression_max=0.5, seed=1)(TONE, 22050, "a")
+    codec = Codec(codecs=["mp3", "opus", "vorbis"], compression_min=0, compression_max=0.5, seed=1)
+    speed = Speed(factors=[1.1], seed=1)
+    for augmentation in (codec, Chain(augmentations=[speed, codec]),
+                         OneOf(augmentations=[None, codec], probabilities=[1.0, 0.0], seed=1)):  # fmt: skip
+        check_rate(augmentation, 24000)
+        with pytest.raises(ValueError, match="cannot write opus at 22050 Hz"):
+            check_rate(augmentation, 22050)
+    for harmless in (None, speed, OneOf(augmentations=[None, speed], probabilities=[0.5, 0.5], seed=1)):
+        check_rate(harmless, 22050)
     soundfile.write(tmp_path / "silent.wav", np.zeros(100), RATE)
     with pytest.raises(ValueError, match=r"channel 0 of .*silent.wav is silent"):
         RecordedReverberation(rir_files=[str(tmp_path / "silent.wav")], seed=1)(TONE, RATE, "a")

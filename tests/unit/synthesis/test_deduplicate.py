@@ -3,15 +3,24 @@ import copy
 import gzip
 import json
 import random
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from nemo_rba.manifest import write_shar
 from nemo_rba.synthesis.deduplicate import ContaminationFilter, EmbeddingDuplicateFilter, NearDuplicateFilter
+from nemo_rba.synthesis.embedding import HFEmbedder
 from nemo_rba.synthesis.filters import apply_filters
 from nemo_rba.types import Instruction, Utterance
+
+from .conftest import build_tokenizer
+
+CONF = Path(__file__).parents[3] / "conf"
 
 LONG = "can you please tell me what the weather will be like in london tomorrow morning"
 NEAR = "Can you please tell me what the weather will be like in London tomorrow evening?"
@@ -120,6 +129,72 @@ def test_embedding_duplicates():
         EmbeddingDuplicateFilter(embed=by_length, max_similarity=1.5)
 
 
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """A random encoder of 16 numbers a token, whose words are the teacher's."""
+    from transformers import BertConfig, BertModel
+
+    folder, tokenizer = tmp_path_factory.mktemp("encoder"), build_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=32, max_position_embeddings=32, initializer_range=0.5)  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)  # as many encoders come
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def embedder(folder, **changes) -> HFEmbedder:
+    settings = {"path": str(folder), "batch_size": 2, "device": "cpu", "dtype": "float32", "max_tokens": 8}
+    return HFEmbedder(**(settings | changes))
+
+
+def test_an_embedding_is_the_mean_over_real_tokens_whatever_stands_beside_them(encoder_folder):
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = ["cat dog", "what is one plus two", "hello", "say the word red", ""]
+    found = embedder(encoder_folder)(texts)
+    assert found.shape == (5, 16)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(5))
+    model, tokenizer = AutoModel.from_pretrained(encoder_folder).eval(), AutoTokenizer.from_pretrained(encoder_folder)
+    for text, vector in zip(texts, found, strict=True):
+        with torch.no_grad():
+            mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
+        torch.testing.assert_close(vector, mean / mean.norm(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(embedder(encoder_folder, batch_size=99)(texts), found, atol=1e-5, rtol=1e-4)
+    long = "cat " * 30  # <bos> and seven words are read
+    torch.testing.assert_close(embedder(encoder_folder)([long]), embedder(encoder_folder)(["cat " * 7]))
+
+
+def test_an_embedder_finds_duplicates_from_yaml(encoder_folder):
+    chosen = OmegaConf.load(CONF / "filter" / "embedding_duplicate.yaml")
+    chosen.embed.path, chosen.max_similarity = str(encoder_folder), 0.999
+    kept, counts, _ = apply_filters(
+        [instruction(text) for text in ("cat dog", "hello blue", "cat  dog", "say hello")],
+        [copy.deepcopy(instantiate(chosen))],
+    )
+    assert [item.text for item in kept] == ["cat dog", "hello blue", "say hello"]
+    assert counts == {"embedding duplicate: means the same as an earlier text": 1}
+
+
+def test_embedders_that_cannot_work_are_explained(encoder_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(ValueError, match=r"config\.json is missing; give a local folder"):
+        embedder(tmp_path)
+    for changes in ({"batch_size": 0}, {"max_tokens": 0}, {"dtype": "int8"}):
+        with pytest.raises(ValueError, match="{}={!r}".format(*next(iter(changes.items())))):
+            embedder(encoder_folder, **changes)
+    shutil.copytree(encoder_folder, tmp_path / "half")
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    lost = next(name for name in weights if "layer.1.attention" in name)
+    save_file(
+        {n: w for n, w in weights.items() if n != lost}, tmp_path / "half" / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"lack 1 tensors \(.*layer\.1\.attention"):
+        embedder(tmp_path / "half")
+
+
 QUESTION = "how many legs do three spiders and two cats have together in the house"
 SHORT = "who wrote hamlet"
 
@@ -128,12 +203,15 @@ def contamination(*files, **changes) -> ContaminationFilter:
     return ContaminationFilter(**({"files": [str(file) for file in files], "ngram": 8, "max_covered": 0.5} | changes))
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "shar", "cuts"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "shar", "cuts", "json", "lines.json", "pretty.json"])
 def test_every_kind_of_evaluation_set(tmp_path, kind):
     path, texts = tmp_path / f"eval.{kind}", [SHORT, QUESTION]
     if kind == "txt":
         path.write_text("\n".join(texts) + "\n\n")
-    elif kind == "jsonl":
+    elif kind in ("json", "pretty.json"):
+        rows = [{"question": text} for text in texts]
+        path.write_text(json.dumps(rows, indent=None if kind == "json" else 2))
+    elif kind in ("jsonl", "lines.json"):
         path.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
     elif kind == "cuts":
         path = tmp_path / "eval.jsonl"
@@ -149,6 +227,32 @@ def test_every_kind_of_evaluation_set(tmp_path, kind):
     assert checked.reason(instruction("Who wrote Hamlet?")) == f"is in {path.name}"
     assert checked.reason(instruction("and who wrote hamlet")) is None  # too short to be evidence
     assert checked.reason(instruction("how many legs do three cats have")) is None
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_an_evaluation_set(tmp_path, kind):
+    row = json.dumps({"text": SHORT})
+    data = {"txt": SHORT, "json": f"[{row}]"}.get(kind, row).encode("utf-8-sig")
+    path = tmp_path / f"eval.{kind}"
+    path.write_bytes(gzip.compress(data) if kind == "jsonl.gz" else data)
+    assert contamination(path).reason(instruction(SHORT)) == f"is in eval.{kind}"
+
+
+def test_evaluation_sets_that_cannot_be_read_are_explained(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("wer hat Grün gewählt".encode("latin-1"))
+    (tmp_path / "broken.json").write_text('[{"text": "a"}, {"text": ')
+    (tmp_path / "nested.json").write_text(json.dumps({"data": [{"text": "a"}]}, indent=1))
+    (tmp_path / "words.json").write_text('["a text", {"text": "b"}]')
+    (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:-9])
+    for name, message in [
+        ("latin.txt", r"latin.txt is not UTF-8 \(byte 0xfc: .*iconv -f LATIN1"),
+        ("broken.json", r"broken.json begins as an array and is none: .*expected \[{...}, ...\]"),
+        ("nested.json", r"nested.json line 1 is '{'; expected JSON with a text under key='text'"),
+        ("words.json", r"words.json item 1 is 'a text'; expected JSON with a text"),
+        ("half.jsonl.gz", r"half.jsonl.gz is not a whole gzip file"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            contamination(tmp_path / name)
 
 
 def test_how_much_overlap_is_too_much(tmp_path):

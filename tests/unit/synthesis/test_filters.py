@@ -9,6 +9,7 @@ from nemo_rba.synthesis.filters import (
     RepetitionFilter,
     ResponseFilter,
     apply_filters,
+    in_order,
     normalize_text,
 )
 from nemo_rba.types import Instruction
@@ -29,6 +30,10 @@ def test_length():
         LengthFilter(min_words=5, max_words=4, max_characters=20)
 
 
+def characters(**changes) -> CharacterFilter:
+    return CharacterFilter(**({"punctuation": ".,?!'", "digits": False, "scripts": []} | changes))
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -46,17 +51,53 @@ def test_length():
         ("1. one", "has markdown"),
         ("# title", "has markdown"),
         ("what is 3 plus 4", "has digits"),
+        ("½ a cup", "has digits"),
         ("a = b", "has unspeakable characters"),
         ("line\nbreak", "has unspeakable characters"),
         ("smile 😀", "has unspeakable characters"),
     ],
 )
 def test_characters(text, reason):
-    assert CharacterFilter(punctuation=".,?!'", digits=False).reason(instruction(text)) == reason
+    assert characters().reason(instruction(text)) == reason
 
 
 def test_digits_can_be_allowed():
-    assert CharacterFilter(punctuation="", digits=True).reason(instruction("what is 3 plus 4")) is None
+    assert characters(punctuation="", digits=True).reason(instruction("what is 3 plus 4")) is None
+    assert characters(punctuation="", digits=True).reason(instruction("½ a cup")) is None
+
+
+@pytest.mark.parametrize(
+    ("scripts", "text", "reason"),
+    [
+        (["Latin"], "What is a café, naïve Straße?", None),
+        (["Latin"], "cafe\u0301", None),  # an accent that is a character of its own
+        (["Latin"], "Привет", "has letters of another script"),
+        (["Latin"], "你好世界", "has letters of another script"),
+        (["Latin"], "hello мир", "has letters of another script"),
+        (["Latin"], "pаy", "has letters of another script"),  # a Cyrillic a
+        (["Latin", "Cyrillic"], "hello мир", None),
+        (["Han"], "你好世界", None),
+        (["Han"], "你好 world", "has letters of another script"),
+        (["Hiragana", "Katakana", "Han"], "東京タワーです", None),  # the long vowel mark belongs to two scripts
+        (["Devanagari"], "नमस्ते", None),  # vowel signs
+        ([], "Привет, 你好 world", None),
+        (["Latin"], "hi 😀", "has unspeakable characters"),
+    ],
+)
+def test_only_letters_of_the_scripts_that_a_voice_can_read_are_kept(scripts, text, reason):
+    assert characters(scripts=scripts).reason(instruction(text)) == reason
+
+
+@pytest.mark.parametrize("scripts", ["Latin", ["English"], ["Latin}"]])
+def test_unknown_scripts_are_refused(scripts):
+    with pytest.raises(ValueError, match=r"CharacterFilter: scripts=.*expected a list of Unicode's names"):
+        characters(scripts=scripts)
+
+
+def test_filters_by_name_become_a_list():
+    first, last = DuplicateFilter(), DuplicateFilter()
+    assert in_order(b=first, off=None, a=last) == [first, last]
+    assert in_order() == []
 
 
 def test_repetition():

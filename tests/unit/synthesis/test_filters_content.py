@@ -5,7 +5,13 @@ import sys
 import pytest
 
 from nemo_rba.synthesis.filters import apply_filters
-from nemo_rba.synthesis.filters_content import MARKUP, LanguageFilter, MarkupFilter, RefusalFilter
+from nemo_rba.synthesis.filters_content import (
+    MARKUP,
+    InstructionRefusalFilter,
+    LanguageFilter,
+    MarkupFilter,
+    RefusalFilter,
+)
 from nemo_rba.types import Instruction
 
 CANDIDATES = ["en", "de", "fr", "es", "it", "pt", "nl", "pl", "ru", "zh", "ja", "ko", "hi", "ar", "tr", "vi"]
@@ -13,6 +19,10 @@ CANDIDATES = ["en", "de", "fr", "es", "it", "pt", "nl", "pl", "ru", "zh", "ja", 
 
 def instruction(text: str, response: str = "") -> Instruction:
     return Instruction(id="x", text=text, response=response, task="t")
+
+
+def markup(**changes) -> MarkupFilter:
+    return MarkupFilter(**({"allow": [], "field": "text"} | changes))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +51,7 @@ def instruction(text: str, response: str = "") -> Instruction:
     ],
 )
 def test_what_can_be_read_aloud_has_no_markup(text):
-    assert MarkupFilter().reason(instruction(text)) is None
+    assert markup().reason(instruction(text)) is None
 
 
 @pytest.mark.parametrize(
@@ -85,27 +95,27 @@ def test_what_can_be_read_aloud_has_no_markup(text):
     ],
 )
 def test_markup_is_named(text, kind):
-    assert MarkupFilter().reason(instruction(text)) == f"has {kind}"
-    others = MarkupFilter(allow=[name for name in MARKUP if name != kind])
+    assert markup().reason(instruction(text)) == f"has {kind}"
+    others = markup(allow=[name for name in MARKUP if name != kind])
     assert others.reason(instruction(text)) == f"has {kind}"
-    assert MarkupFilter(field="response").reason(instruction(text)) is None
-    assert MarkupFilter(field="response").reason(instruction("x", text)) == f"has {kind}"
+    assert markup(field="response").reason(instruction(text)) is None
+    assert markup(field="response").reason(instruction("x", text)) == f"has {kind}"
 
 
 def test_kinds_of_markup_can_be_allowed_and_are_counted():
     texts = ["mail me@x.org", "use `ls`", "use `cat`", "hello there"]
-    _, counts, _ = apply_filters([instruction(text) for text in texts], [MarkupFilter()])
+    _, counts, _ = apply_filters([instruction(text) for text in texts], [markup()])
     assert counts == {"markup: has e-mail address": 1, "markup: has inline code": 2}
-    kept, _, _ = apply_filters([instruction(text) for text in texts], [MarkupFilter(allow=["e-mail address"])])
+    kept, _, _ = apply_filters([instruction(text) for text in texts], [markup(allow=["e-mail address"])])
     assert [item.text for item in kept] == ["mail me@x.org", "hello there"]
     with pytest.raises(ValueError, match=r"allow=\['tables'\]; expected kinds from code block"):
-        MarkupFilter(allow=["tables"])
+        markup(allow=["tables"])
     with pytest.raises(ValueError, match="field='answer'; expected one of text, response"):
-        MarkupFilter(field="answer")
+        markup(field="answer")
 
 
 def language(**changes) -> LanguageFilter:
-    settings = {"languages": ["en"], "min_probability": 0.5, "min_bytes": 9, "candidates": CANDIDATES}
+    settings = {"languages": ["en"], "min_probability": 0.5, "min_bytes": 9, "candidates": CANDIDATES, "field": "text"}
     return LanguageFilter(**(settings | changes))
 
 
@@ -140,13 +150,23 @@ def test_languages_are_chosen_and_filters_do_not_disturb_each_other():
     assert language(languages=["de"], field="response").reason(text) == "is in another language (en)"
     assert language(min_probability=0.999).reason(instruction("tell me a joke")) == "no language stands out"
     assert copy.deepcopy(german).reason(text) is None
-    with pytest.raises(ValueError, match=r"does not know \['english'\]"):
-        language(languages=["english"], candidates=[]).reason(text)
+
+
+def test_languages_are_compared_with_the_detectors_at_once():
+    pytest.importorskip("py3langid")
+    for changes in (
+        {"languages": ["english"], "candidates": []},
+        {"languages": ["en"], "candidates": ["en", "english"]},
+    ):
+        with pytest.raises(ValueError, match=r"does not know \['english'\]"):
+            language(**changes)
 
 
 def test_language_settings_are_checked():
     with pytest.raises(ValueError, match=r"languages=\[\]"):
         language(languages=[])
+    with pytest.raises(ValueError, match=r"languages=\['e', 'n'\]"):
+        language(languages="en")
     with pytest.raises(ValueError, match=r"languages=\['sv'\]"):
         language(languages=["sv"])
     with pytest.raises(ValueError, match="min_probability=1"):
@@ -156,7 +176,7 @@ def test_language_settings_are_checked():
 def test_a_missing_detector_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "py3langid", None)
     with pytest.raises(ImportError, match="pip install py3langid"):
-        language(candidates=["en", "sw"]).reason(instruction("what is your name"))
+        language(candidates=["en", "sw"])
 
 
 @pytest.mark.parametrize(
@@ -176,10 +196,10 @@ def test_a_missing_detector_is_named(monkeypatch):
     ],
 )
 def test_refusals(answer, reason):
-    refusal = RefusalFilter(first_words=10)
+    refusal = RefusalFilter(first_words=10, phrases=None)
     assert refusal.reason(instruction("x", answer)) == reason
     assert refusal.reason(instruction(answer, "yes")) is None
-    assert RefusalFilter(first_words=10, field="text").reason(instruction(answer, "yes")) == reason
+    assert InstructionRefusalFilter(first_words=10, phrases=None).reason(instruction(answer, "yes")) == reason
 
 
 def test_refusals_in_other_words():
@@ -189,4 +209,4 @@ def test_refusals_in_other_words():
     with pytest.raises(ValueError, match="phrases="):
         RefusalFilter(first_words=8, phrases={"refuses": ["!"]})
     with pytest.raises(ValueError, match="first_words=0"):
-        RefusalFilter(first_words=0)
+        RefusalFilter(first_words=0, phrases=None)

@@ -32,6 +32,7 @@ def test_every_sampler_can_be_chosen_and_run(tmp_path, name):
     cfg = chosen(*overrides)
     assert set(cfg) == {"_target_", "_partial_", *OmegaConf.load(CONF / "sampler" / f"{name}.yaml")}
     teacher = Scripted(lambda message, place: f"reply {place}")
+    teacher.without_openings = lambda openings: teacher
     written = instantiate(cfg, _convert_="all")(teacher=teacher).batch(0)
     assert len(written) == 3
     assert all(isinstance(item, str | Draft) for item in written)

@@ -206,7 +206,7 @@ def test_translations_in_other_languages_and_scripts_are_dropped(tmp_path):
 
     sampler, teacher = translation(write)
     judge = {"min_probability": 0.8, "min_bytes": 20, "candidates": ["en", "de", "fr", "ru", "zh"]}
-    settings = {"instruction_filters": [LanguageFilter(languages=["en"], **judge)],
+    settings = {"instruction_filters": [LanguageFilter(languages=["en"], field="text", **judge)],
                 "response_filters": [ResponseFilter(max_words=20), TargetLanguageFilter(**judge)]}  # fmt: skip
     result = stage(tmp_path, sampler, teacher, **settings).run({("train", ""): 3}, max_batches=1)
     reasons = Counter(reason for _, reason in result.dropped)

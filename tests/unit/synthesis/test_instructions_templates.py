@@ -6,7 +6,7 @@ The templates are cut down to the turns of user, assistant and system; what stan
 
 import pytest
 
-from nemo_rba.synthesis.instructions import MagpieSampler
+from nemo_rba.synthesis.instructions import MagpieSampler, PlainMagpieSampler
 from nemo_rba.synthesis.instructions_domains import MagpieDomains
 from nemo_rba.synthesis.teacher import HFTeacher
 
@@ -152,7 +152,8 @@ def test_a_model_without_a_template_is_refused(families, teacher_folder, tmp_pat
 
 def domains(teacher, **changes):
     given = {"music": {"system": "Sing.", "weight": 3.0}, "open": {"system": "", "weight": 1.0}}
-    return MagpieDomains(**SHARED | {"teacher": teacher, "domains": given} | changes)
+    settings = {"teacher": teacher, "domains": given, "suppressed_openings": []}
+    return MagpieDomains(**SHARED | settings | changes)
 
 
 @pytest.mark.parametrize("name", list(TAKES_SYSTEM))
@@ -174,6 +175,28 @@ def test_a_template_without_system_turns_is_refused(families):
 
     with pytest.raises(ValueError, match=r"sampler.domains.music: the teacher's chat template has no system turn;"):
         domains(Deaf())
+
+
+def test_no_instruction_of_any_domain_opens_as_it_must_not(families):
+    teacher, (_, specials, _, _, end) = families["Llama 3"], FAMILIES["Llama 3"]
+    words = [word for word in ["<unk>", "[INST]", "[/INST]", *specials, *WORDS] if word not in ("cat", end)]
+    settings = {"batch_size": 40, "suppressed_openings": words}
+    texts = [draft.text for draft in domains(teacher, **settings).batch(0)]
+    texts += PlainMagpieSampler(**SHARED | {"teacher": teacher} | settings).batch(0)
+    assert any(texts)
+    assert {text.split()[0] for text in texts if text} <= {"cat"}
+    unchanged = PlainMagpieSampler(**SHARED | {"teacher": teacher, "suppressed_openings": []})
+    assert unchanged.batch(3) == MagpieSampler(**SHARED | {"teacher": teacher}).batch(3)
+    with pytest.raises(ValueError, match="expected a list of texts without blanks around"):
+        domains(teacher, suppressed_openings=["# "])
+
+
+def test_a_pre_query_prompt_that_fills_the_teacher_stops_the_run(families):
+    with pytest.raises(ValueError, match="cannot write instructions, as the prompt is too long for the teacher"):
+        MagpieSampler(**SHARED | {"teacher": families["Llama 3"], "max_new_tokens": 126}).batch(0)
+    given = {"long": {"system": "cat " * 200, "weight": 1.0}, "short": {"system": "", "weight": 9.0}}
+    with pytest.raises(ValueError, match="cannot write instructions, as the prompt is too long for the teacher"):
+        domains(families["Llama 3"], domains=given, batch_size=99).batch(0)
 
 
 def test_domains_are_drawn_by_weight_and_named_as_the_task():

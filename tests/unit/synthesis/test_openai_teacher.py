@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from nemo_rba.synthesis import teacher_openai
+from nemo_rba.synthesis.instructions import without_openings
+from nemo_rba.synthesis.instructions_domains import MagpieDomains
 from nemo_rba.synthesis.teacher_openai import OpenAITeacher
+from nemo_rba.synthesis.unanswered import MOST_IN_A_ROW, Unanswered
 from nemo_rba.types import SamplingParams
 
+KEY = "sk-right/123"
 PARAMS = SamplingParams(max_new_tokens=7, temperature=0.5, top_p=0.9, seed=2**40 + 5)
 
 
 class Server:
-    """Echoes; answers the first requests after ``failures`` were set with these codes."""
+    """Echoes; answers the first requests after ``failures`` were set with these codes, and refuses bad words."""
 
     def __init__(self):
         self.failures: list[int] = []
         self.headers: dict[str, str] = {}
         self.nonsense: list[bytes] = []  # what it says first
         self.seen: list[dict] = []
+        self.stalled = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply({"data": [{"id": "m"}]})
+                self.reply({"data": [{"id": "m"}, {"id": "n"}]})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -34,11 +41,15 @@ class Server:
                     self.reply({"choices": [{"text": " hello ", "finish_reason": "stop"}], "usage": usage})
                     return
                 said = body["messages"][-1]["content"]
+                if "slow" in said:
+                    server.stalled.wait(20)
+                if "bad" in said or "lost" in said:
+                    server.failures.append(400 if "bad" in said else 404)
                 reason = "length" if said == "endless" else "stop"
                 self.reply({"choices": [{"message": {"content": said.upper()}, "finish_reason": reason}]})
 
             def reply(self, payload):
-                allowed = self.headers["Authorization"] in (None, "Bearer right")
+                allowed = self.headers["Authorization"] in (None, f"Bearer {KEY}")
                 code = server.failures.pop(0) if server.failures else 200 if allowed else 401
                 data = server.nonsense.pop(0) if server.nonsense else json.dumps(payload).encode()
                 self.send_response(code)
@@ -51,7 +62,7 @@ class Server:
             def log_message(self, *_):
                 pass
 
-        self.http = HTTPServer(("127.0.0.1", 0), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -62,6 +73,7 @@ def server(monkeypatch):
     made.waits = []
     monkeypatch.setattr(teacher_openai.time, "sleep", made.waits.append)
     yield made
+    made.stalled.set()
     made.http.shutdown()
     made.http.server_close()
 
@@ -135,22 +147,28 @@ def test_a_restart_pays_nothing_twice(server, tmp_path):
     assert again.usage == {"requests": 1, "remembered": 4}, "the list of models alone"
     assert again.generate(["<user>"], SamplingParams(max_new_tokens=8, seed=1)) == ["hello"]
     assert len(server.seen) == 5, "another question"
-    connect(server, memory=memory, base_url=f"http://localhost:{server.http.server_port}/v1")
-    with pytest.raises(ValueError, match="belongs to"):
-        connect(server, memory=memory, base_url=f"http://localhost:{server.http.server_port}/v1").generate(
-            prompts, PARAMS
-        )
+
+
+def test_what_was_paid_for_outlives_the_server_s_address_but_not_its_model(server, tmp_path):
+    memory, prompts = str(tmp_path / "teacher.jsonl"), chat("a")
+    connect(server, memory=memory).generate(prompts, PARAMS)
+    moved = connect(server, memory=memory, base_url=f"http://localhost:{server.http.server_port}/v1")
+    assert moved.generate(prompts, PARAMS) == ["A"]
+    assert len(server.seen) == 1, "a job of its own, another node, the same model"
+    other = connect(server, memory=memory, model="n")
+    assert other.generate(prompts, PARAMS) == ["A"]
+    assert [row["model"] for row in server.seen] == ["m", "n"], "another model is asked"
 
 
 def test_what_cannot_get_better_stops_at_once(server, monkeypatch):
-    with pytest.raises(ValueError, match=r"offers \['m'\], not 'x'"):
+    with pytest.raises(ValueError, match=r"offers \['m', 'n'\], not 'x'"):
         connect(server, model="x")
     with pytest.raises(ValueError, match="NO_SUCH_KEY, which is not set"):
         connect(server, api_key_env="NO_SUCH_KEY")
     monkeypatch.setenv("SOME_KEY", "wrong")
     with pytest.raises(ValueError, match=r"HTTP 401.*teacher.api_key_env"):
         connect(server, api_key_env="SOME_KEY")
-    monkeypatch.setenv("SOME_KEY", "right")
+    monkeypatch.setenv("SOME_KEY", KEY + "\r\n")  # as `$(cat key.txt)` of a file written elsewhere leaves it
     teacher = connect(server, api_key_env="SOME_KEY")
     server.failures = [404, 200]
     with pytest.raises(ValueError, match="HTTP 404"):
@@ -160,3 +178,119 @@ def test_what_cannot_get_better_stops_at_once(server, monkeypatch):
         connect(server, base_url="http://127.0.0.1:9/v1")
     with pytest.raises(ValueError, match=r"teacher.pre_query, which is ''"):
         connect(server, pre_query="").render([], open_turn="user")
+    server.waits.clear()
+    with pytest.raises(ValueError, match=r"MissingSchema|InvalidSchema"):
+        connect(server, base_url="localhost:8000/v1")
+    assert server.waits == [], "such an address does not get better"
+    with pytest.raises(ValueError, match=r"teacher.stop is ''"):
+        connect(server, stop="")
+
+
+@pytest.mark.parametrize("key", ["sk-SECRET\r123", "sk-SECRÉT–123", "sk-SECRET 123", "sk-SECRET\x00123"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(server, monkeypatch, key):
+    if "\x00" in key:
+        monkeypatch.setattr(teacher_openai.os, "environ", {"SOME_KEY": key})
+    else:
+        monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(ValueError, match=r"the key in SOME_KEY .* copy it again") as refusal:
+        connect(server, api_key_env="SOME_KEY")
+    assert "SECR" not in "".join(traceback.format_exception(refusal.value))
+    monkeypatch.setenv("EMPTY_KEY", " \n")
+    with pytest.raises(ValueError, match="EMPTY_KEY, which is empty"):
+        connect(server, api_key_env="EMPTY_KEY")
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 500])
+def test_a_key_that_the_server_repeats_is_not_shown(server, monkeypatch, caplog, code):
+    monkeypatch.setenv("SOME_KEY", KEY)
+    teacher = connect(server, api_key_env="SOME_KEY", max_retries=0)
+    filler = "x" * 190  # so that the key is cut by the length of the message
+    said = [f"Incorrect API key provided: {KEY}.", KEY.replace("/", "\\/"), f"{filler}{KEY}"]
+    with caplog.at_level("DEBUG"):
+        for words in said:
+            server.failures, server.nonsense = [code], [f'{{"error": "{words}"}}'.encode()]
+            try:
+                teacher.generate(["<user>"], PARAMS)
+            except ValueError as error:
+                text = "".join(traceback.format_exception(error))
+                assert f"HTTP {code}" in text
+                assert "right" not in text
+        server.failures, server.nonsense = [400], [f'"{KEY}"'.encode()]
+        assert teacher.generate(chat("a"), PARAMS) == [""], "a warning tells it"
+    assert "right" not in caplog.text
+
+
+def chat(*texts: str) -> list[str]:
+    return [json.dumps([{"role": "user", "content": text}]) for text in texts]
+
+
+def test_one_prompt_of_six_that_is_refused_is_counted_and_the_others_are_answered(server, tmp_path):
+    memory = str(tmp_path / "teacher.jsonl")
+    for paid in (7, 2):  # the list of models, and what is not remembered: a refusal costs nothing
+        teacher = connect(server, memory=memory)
+        answers = teacher.generate(chat("a", "b", "so bad", "c", "d", "e"), PARAMS)
+        assert answers == ["A", "B", "", "C", "D", "E"]
+        assert [type(answer) is Unanswered for answer in answers] == [False, False, True, False, False, False]
+        assert answers[2].reason == "the server refuses the prompt (HTTP 400)"
+        assert teacher.account()["prompts refused"] == 1
+        assert teacher.usage["requests"] == paid
+    assert teacher.generate(chat("as bad", "too bad"), PARAMS) == ["", ""], "others were answered before"
+    assert connect(server).generate(chat("as bad"), PARAMS) == [""], "one says nothing about the settings"
+
+
+def test_a_server_that_refuses_every_prompt_stops_the_run_and_one_prompt_is_named(server):
+    with pytest.raises(ValueError, match=r"not answer any of 3 prompts, so the settings are wrong.*HTTP 400.*'bad a'"):
+        connect(server).generate(chat("bad a", "bad b", "bad c"), PARAMS)
+    teacher = connect(server, num_parallel=1)
+    texts = ["good", *(f"bad {number}" for number in range(300))]
+    with pytest.raises(ValueError, match=rf"not answer {MOST_IN_A_ROW} prompts in a row.*HTTP 400.*The prompt: 'bad "):
+        teacher.generate(chat(*texts), PARAMS)
+    assert len(server.seen) < 3 + MOST_IN_A_ROW + 5
+    server.failures = [400]
+    with pytest.raises(ValueError, match=r"HTTP 400: .*to the pre-query prompt '<user>'"):
+        teacher.generate(["<user>"], PARAMS)
+
+
+def test_the_first_failure_that_is_known_stops_all_requests(server):
+    teacher = connect(server, num_parallel=4)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="HTTP 404"):
+        teacher.generate(chat("slow", *(f"lost {number}" for number in range(300))), PARAMS)
+    assert time.monotonic() - start < 10, "the slow one is not waited for"
+    time.sleep(0.2)
+    assert len(server.seen) < 15, "of 301"
+
+
+def test_half_a_character_in_a_reply_is_replaced_and_a_line_separator_kept(server, tmp_path):
+    reply = rb'{"choices": [{"message": {"content": "hi \ud83d there\u2028 \ud83d\ude00"}, "finish_reason": "stop"}]}'
+    memory = str(tmp_path / "teacher.jsonl")
+    teacher = connect(server, memory=memory)
+    server.nonsense = [reply]
+    assert teacher.generate(chat("a"), PARAMS) == ["hi \ufffd there\u2028 \U0001f600"]
+    assert connect(server, memory=memory).generate(chat("a"), PARAMS) == ["hi \ufffd there\u2028 \U0001f600"]
+
+
+SYSTEM = "{% if system %}<system>{{ system }}<end>{% endif %}<user>"
+
+
+def test_a_pre_query_template_may_take_a_system_turn(server):
+    teacher = connect(server, pre_query=SYSTEM)
+    settings = {"batch_size": 8, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "seed": 1}
+    settings |= {"domains": {"a": {"system": "Sing.", "weight": 1}, "b": {"system": "", "weight": 1}}}
+    drafts = MagpieDomains(teacher=teacher, suppressed_openings=[], **settings).batch(0)
+    assert {(draft.text, draft.task) for draft in drafts} == {("hello", "a"), ("hello", "b")}
+    assert {(row["path"], row["prompt"]) for row in server.seen} == {
+        ("/v1/completions", "<system>Sing.<end><user>"), ("/v1/completions", "<user>"),
+    }  # fmt: skip
+    assert connect(server, pre_query="<user>\n").render([], open_turn="user") == "<user>\n"
+    with pytest.raises(ValueError, match=r"'<user>', which has no place for a system turn; put that of the model's"):
+        connect(server).render([{"role": "system", "content": "Sing."}], open_turn="user")
+    with pytest.raises(ValueError, match="after nothing or a system turn"):
+        teacher.render([{"role": "user", "content": "a"}], open_turn="user")
+    with pytest.raises(ValueError, match=r"teacher.pre_query is no template \('sytem' is undefined\)"):
+        connect(server, pre_query="{{ sytem }}<user>")
+
+
+def test_a_hosted_teacher_cannot_suppress_openings_and_says_what_can(server):
+    with pytest.raises(ValueError, match=r"\['#'\], but OpenAITeacher cannot .* give \[\], and add .*MarkupFilter"):
+        without_openings(connect(server), ["#"])

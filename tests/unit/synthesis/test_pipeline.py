@@ -64,6 +64,8 @@ def build(output: Path, *, teacher=None, tts=None, **changes) -> SelfSynthesis:
         "batches_at_once": 1,
         "max_batches": 60,
         "allow_fewer": False,
+        "max_failed_share": 1.0,
+        "language": None,
         "max_duration_seconds": 10.0,
         "quality": None,
         "shard_size": 20,

@@ -54,7 +54,7 @@ def checked(output: Path, *, tts: FakeTTS | None = None, share: float = 0.9, asr
         checks["round trip"] = AsrRoundTrip(asr=asr, metric="wer", borderline=0.2, maximum=0.7)
         others = {name: {"tts": FaultyTTS(["c", "d"])} for name in ("dev", "test")}
     quality = QualityControl(checks=checks, max_dropped_share=share)
-    return build(output, splits=make_splits(tts, **others), quality=quality)
+    return build(output, splits=make_splits(tts, **others), quality=quality, max_failed_share=1.0, language=None)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_run_that_was_stopped_goes_on_when_more_may_be_lost(tmp_path):
 
 
 def test_a_sound_synthesizer_gives_the_same_clips_with_checks_as_without(tmp_path):
-    build(tmp_path / "plain").run(CONFIG)
+    build(tmp_path / "plain", max_failed_share=1.0, language=None).run(CONFIG)
     checked(tmp_path / "checked", tts=FakeTTS(["a", "b"]), share=0.0).run(CHECKED)
     clips = {name: hashed for name, hashed in contents(tmp_path / "checked").items() if "-" in name and "/" not in name}
     assert len(clips) == 78

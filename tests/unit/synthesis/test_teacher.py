@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
 from nemo_rba.synthesis.teacher import HFTeacher, _sample, check_same_vocabulary
+from nemo_rba.synthesis.unanswered import Refusals, Unanswered
 from nemo_rba.types import SamplingParams
 
 PROMPTS = ["what is one plus two", "say cat", "tell me the name a dog", "hello", "what is the color red blue"]
@@ -82,6 +85,44 @@ def test_an_answer_that_never_ends_is_empty(teacher):
     assert "" in short
     assert any(len(text.split()) > 2 for text in long)
     assert "<|im_end|>" not in " ".join(long)
+
+
+def test_a_prompt_that_is_too_long_is_counted_and_changes_no_other(teacher):
+    prompts, long = rendered(teacher), rendered(teacher, ["cat " * 200])
+    expected = teacher.generate(prompts, PARAMS)
+    found = teacher.generate([*prompts[:2], *long, *prompts[3:]], PARAMS)
+    assert (found[:2], found[3:]) == (expected[:2], expected[3:])
+    assert type(found[2]) is Unanswered
+    assert (found[2], found[2].reason) == ("", "the prompt is too long for the teacher")
+    fresh = copy.copy(teacher)
+    fresh._refusals = Refusals()
+    assert fresh.generate(long, PARAMS) == [""], "one says nothing about the settings"
+    with pytest.raises(ValueError, match=r"not answer any of 2 prompts.*do not fit the teacher's 128 tokens.*cat cat"):
+        fresh.generate(rendered(teacher, ["cat " * 200, "dog " * 200]), PARAMS)
+
+
+def test_no_text_opens_with_a_token_that_is_suppressed(teacher):
+    asked = [teacher.render([], open_turn="user")] * 120
+    params = replace(PARAMS, max_new_tokens=6)
+    plain = teacher.generate(asked, params)
+    opening = Counter(text.split()[0] for text in plain if text).most_common(2)
+    frequent = [word for word, _ in opening] + ["<pad>", "<bos>", "<|im_start|>"]  # special tokens are not in the text
+    kept = teacher.without_openings(frequent)
+    texts = [text for text in kept.generate(asked, params) if text]
+    assert len(texts) > 5
+    assert not any(text.split()[0] in frequent for text in texts)
+    assert any(word in text.split()[1:] for text in texts for word in frequent[:2]), "it may stand later"
+    assert teacher.generate(asked[:9], params) != kept.generate(asked[:9], params), "the teacher itself is as it was"
+    row = torch.tensor(teacher._encode(asked[:1], room=0))
+    ids = [teacher.vocabulary()[word] for word in frequent]
+    with torch.no_grad():
+        logits = teacher._model(input_ids=row).logits[0, -1]
+    logits[ids] = -torch.inf
+    best = teacher._tokenizer.decode(int(logits.argmax()))
+    greedy = kept.generate(asked[:1], replace(params, temperature=0, max_new_tokens=60))[0]
+    assert greedy.startswith(best) or not greedy
+    with pytest.raises(ValueError, match="suppressed_openings has '#', which is no token of the teacher"):
+        teacher.without_openings(["cat", "#"])
 
 
 def test_sampling_follows_the_distribution_and_its_nucleus():

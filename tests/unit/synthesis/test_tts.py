@@ -24,6 +24,11 @@ def test_speakers_are_all_combinations(tts):
     assert tts.sampling_rate == RATE
 
 
+def test_a_voice_is_the_same_at_any_rate_and_pitch(tts):
+    assert [tts.voices[speaker] for speaker in tts.speakers] == ["en-us+m3", "en-us+m3", "en", "en"]
+    assert [tts.languages[speaker] for speaker in tts.speakers] == ["en-us", "en-us", "en", "en"]
+
+
 def test_speech_is_mono_float_with_short_edges(tts):
     for audio, text in zip(tts.synthesize(TEXTS, tts.speakers[:3]), TEXTS, strict=True):
         assert audio.dtype == torch.float32

@@ -80,6 +80,7 @@ def tts(checkpoint) -> MagpieTTS:
 
 def test_speech_depends_on_text_speaker_and_seed_alone(tts, checkpoint):
     assert tts.speakers == ("en-0", "en-2")
+    assert tts.voices == {"en-0": "baked voice 0", "en-2": "baked voice 2"}, "whatever they speak"
     texts, speakers = ["hello there", "good morning", "hello there"], ["en-0", "en-2", "en-2"]
     forth = tts.synthesize(texts, speakers)
     back = tts.synthesize(texts[::-1], speakers[::-1])[::-1]
@@ -118,5 +119,7 @@ def test_a_model_without_voices_and_texts_that_cannot_be_said(checkpoint, tts):
     for text in ("42 is right", "?!"):
         with pytest.raises(ValueError, match="write numbers and symbols in words"):
             tts.synthesize([text], ["en-0"])
+    with pytest.raises(ValueError, match="MagpieTTS cannot say 'hello мир': its tokenizer does not know 'м', 'и', 'р'"):
+        tts.synthesize(["hello мир"], ["en-0"])
     with pytest.raises(ValueError, match="unknown speaker 'en-1'"):
         tts.synthesize(["hello"], ["en-1"])
