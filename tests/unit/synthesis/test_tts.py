@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import ctypes
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -109,3 +112,29 @@ def test_fastpitch_says_which_model_is_missing(tmp_path):
         FastPitchTTS(fastpitch=str(tmp_path / "gone.nemo"), device="cpu", **settings)
     with pytest.raises(ValueError, match=r"tts.fastpitch: cannot load FastPitchModel 'no_such_model'"):
         FastPitchTTS(fastpitch="no_such_model", device="cpu", **settings)
+
+
+class _Allocated(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+    ))  # fmt: skip
+
+
+def test_speaking_keeps_no_memory():
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("needs glibc")
+    libc.mallinfo2.restype = _Allocated
+    tts = build()
+
+    def in_use() -> int:
+        for number in range(40):
+            tts.synthesize([f"this is number {number}"], [tts.speakers[number % 4]])
+        gc.collect()
+        return libc.mallinfo2().uordblks
+
+    in_use()
+    before = in_use()
+    assert in_use() - before < 40 * 500, "the library keeps 2 kB a clip of its own"
