@@ -8,9 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_rba import __version__
 from nemo_rba.distributed.once import once_per_model
 from nemo_rba.evaluation.conditions import HeldOut
+from nemo_rba.synthesis.origin import versions
 
 
 def fingerprints(cfg: DictConfig, files: dict[str, Path]) -> dict[str, dict[str, str]]:
@@ -65,7 +65,7 @@ def identity(cfg: DictConfig, sets: dict[str, HeldOut], arms: list[str]) -> dict
 
     evaluation = cfg.evaluation
     return {
-        "code": f"nemo_rba {__version__}",
+        "code": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "start model": named("model.folder", "model.restore_path"),
         "teacher": named("teacher.path", "teacher.model"),
         "aligned models": ", ".join(arms),
