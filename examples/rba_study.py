@@ -35,7 +35,10 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 @hydra_runner(config_path="../conf", config_name="rba_study")
 def main(study: DictConfig) -> None:
-    runs = grid(study)
+    try:
+        runs = grid(study)
+    except ValueError as problem:
+        raise SystemExit(str(problem)) from None
     first = config(study, runs[0])
     for run in {run.arm: run for run in runs}.values():
         recipe.preflight(config(study, run))

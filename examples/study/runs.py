@@ -29,7 +29,8 @@ def grid(study: DictConfig) -> list[Run]:
     """Every arm at every size with each of its learning rates, with the first seed.
 
     Raises:
-        ValueError: fewer than two arms, a rate twice, or grids of unequal size: a larger one is a better chance.
+        ValueError: a number of prompts without a budget, fewer than two arms, a rate twice, or grids of unequal size:
+            a larger one is a better chance.
     """
     sizes = {arm: len(set(choice.learning_rates)) for arm, choice in study.arms.items()}
     if len(sizes) < 2 or len(set(sizes.values())) != 1 or any(
@@ -41,6 +42,11 @@ def grid(study: DictConfig) -> list[Run]:
         )
     if len(set(study.seeds)) != len(study.seeds) or not study.seeds:
         raise ValueError(f"seeds are {list(study.seeds)}; expected one or more, each once: change seeds")
+    if unplanned := [prompts for prompts in study.prompts if prompts not in study.budgets]:
+        raise ValueError(
+            f"prompts has {unplanned} without a budget; expected some of {list(study.budgets)}: change prompts, or add "
+            "a line to budgets in the study's YAML"
+        )
     return [
         Run(arm=arm, prompts=int(prompts), learning_rate=float(rate), seed=study.seeds[0])
         for prompts in study.prompts

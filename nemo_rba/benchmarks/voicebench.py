@@ -137,9 +137,11 @@ def _turns(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "turns" not in row:
         yield row
         return
-    references = row["reference"] or []
-    for number, words in enumerate(row["turns"]):
-        answer = references[number] if number < len(references) else ""
+    turns, references = (
+        [found] if isinstance(found, str) else found or [] for found in (row["turns"], row["reference"])
+    )
+    for number, words in enumerate(turns):
+        answer = (references[number] if number < len(references) else None) or ""
         yield {**row, "turn": number + 1, "audio": row["audio1"], "prompt": words, "reference": answer}
 
 

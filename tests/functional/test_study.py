@@ -71,7 +71,7 @@ class Plan(dict):
 
 def plan(**rates) -> Plan:
     arms = {arm: Plan(learning_rates=found) for arm, found in rates.items()}
-    return Plan(arms=Plan(arms), seeds=[3, 4], prompts=[300, 1000])
+    return Plan(arms=Plan(arms), seeds=[3, 4], prompts=[300, 1000], budgets={300: {}, 1000: {}, 5000: {}})
 
 
 def test_grids_are_of_equal_size_or_refused():
@@ -83,6 +83,11 @@ def test_grids_are_of_equal_size_or_refused():
     for unfair in ({"rba": [1.0, 2.0], "sft": [1.0]}, {"rba": [1.0, 2.0], "sft": [1.0, 1.0]}, {"rba": [1.0]}):
         with pytest.raises(ValueError, match="expected two arms or more with the same number"):
             grid(plan(**unfair))
+
+
+def test_a_number_of_prompts_without_a_budget_is_refused():
+    with pytest.raises(ValueError, match=r"prompts has \[16\] without a budget; expected some of \[300, 1000, 5000\]"):
+        grid(Plan(plan(rba=[1.0], sft=[1.0]) | {"prompts": [300, 16]}))
 
 
 def test_the_best_dev_score_is_chosen_and_an_edge_is_told():

@@ -73,7 +73,7 @@ def test_what_a_measure_needs_is_in_extra(tmp_path):
 
 
 def test_of_a_conversation_the_first_turn_is_asked_and_the_others_are_counted(tmp_path):
-    rows = [row("mtbench"), row("mtbench", 600, category="writing", reference=None)]
+    rows = [row("mtbench"), row("mtbench", 600, category="writing", reference=[None, None])]
     write_parquet(tmp_path / "mtbench" / "test-00000-of-00001.parquet", rows)
     benchmark = subset_of(tmp_path, "mtbench")
     first, second = (item.instruction for item in benchmark)
