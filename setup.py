@@ -67,5 +67,5 @@ setup(
         "tqdm",
         "matplotlib",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "ruff", "lm_eval[ifeval]"]},
+    extras_require={"test": ["pytest", "pytest-xdist", "ruff", "lm_eval[ifeval]", "sacrebleu[ja]"]},
 )

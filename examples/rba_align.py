@@ -7,6 +7,7 @@ python examples/rba_align.py --config-name=rba_tiny
 import recipe
 import recipe_conditions
 import recipe_evaluation
+import recipe_parts
 from nemo.core.config import hydra_runner
 from nemo.utils import logging
 from omegaconf import DictConfig
@@ -18,19 +19,20 @@ from nemo_rba.stages import Stages
 @hydra_runner(config_path="../conf", config_name="rba_tiny")
 def main(cfg: DictConfig) -> None:
     recipe_conditions.check_conditions(cfg)
+    recipe_evaluation.check_measures(cfg)
     recipe.start(cfg)
-    arms = recipe.arms(cfg)
+    arms = recipe_parts.arms(cfg)
     stages = Stages(cfg.output, rank=parallel.rank())
     data = stages.run(
         "synthesis",
-        recipe.keys(cfg, recipe.SYNTHESIS),
+        recipe_parts.keys(cfg, recipe_parts.SYNTHESIS),
         lambda folder: recipe.synthesize(cfg, folder, parallel.rank()),
         collective=True,
     )
     folders = {
         arm: stages.run(
             f"align_{arm}",
-            recipe.keys(arm_cfg, recipe.ALIGNMENT),
+            recipe_parts.keys(arm_cfg, recipe_parts.ALIGNMENT),
             lambda folder, arm=arm, arm_cfg=arm_cfg: recipe.align(arm_cfg, data, folder, arm),
             after=["synthesis"],
             collective=True,
@@ -46,7 +48,7 @@ def main(cfg: DictConfig) -> None:
 
     report = stages.run(
         "report",
-        recipe.keys(cfg, recipe.EVALUATION),
+        recipe_parts.keys(cfg, recipe_parts.EVALUATION),
         evaluate_and_report,
         after=["synthesis", *(f"align_{arm}" for arm in arms)],
         collective=True,

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate aligned models, .nemo files or SALM folders: the last stage of the main job, alone.
 
-python examples/rba_evaluate.py aligned=model.nemo manifest=shar_folder
+python examples/rba_evaluate.py --config-name=rba_eval model=model.nemo 'tasks=[llama_shar, fleurs_shar]'
+python examples/rba_evaluate.py aligned=model.nemo manifest=shar_folder   # model= is short for aligned=
 python examples/rba_evaluate.py aligned=salm_folder 'tasks={llama: {manifest: llama_shar, evaluation: spoken_qa}}'
 python examples/rba_evaluate.py 'aligned={rba: a.nemo, sft: b.nemo}' manifest=shar_folder   # the first is on trial
+python examples/rba_evaluate.py aligned=salm_folder start=false manifest=shar_folder teacher=self   # one model alone
 python examples/rba_evaluate.py aligned=model.nemo manifest=shar_folder saved=true   # scores what is there, anew
 """
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import recipe
+import recipe_checks
 import recipe_conditions
 import recipe_evaluation
 import recipe_identity
@@ -26,7 +30,19 @@ from nemo_rba.evaluation.runner import Prediction, SavedAnswers, read_answers, r
 from nemo_rba.manifest import cut_to_instruction, read_manifest
 from nemo_rba.types import Instruction
 
-OTHERS = ("teacher", "cascade", "start")  # who is asked beside the aligned models
+OTHERS = ("teacher", "cascade", "start")  # who is asked beside the aligned models; of them the start if cfg.start
+MODELS = Path(__file__).parent.parent / "conf" / "model"  # how a start model can be made
+
+
+def respelled(arguments: list[str]) -> list[str]:
+    """``model=x.nemo`` is ``aligned=x.nemo``: Hydra would look for a conf/model/x.nemo.yaml."""
+    options = {path.stem for path in MODELS.glob("*.yaml")}
+    return [
+        f"aligned={argument.removeprefix('model=')}"
+        if argument.startswith("model=") and argument.removeprefix("model=") not in options
+        else argument
+        for argument in arguments
+    ]
 
 
 def aligned_models(cfg: DictConfig) -> dict[str, Path]:
@@ -79,18 +95,19 @@ def check_files(cfg: DictConfig, files: dict[str, Path], sets: dict[str, HeldOut
     """
     needed = {f"manifest of {name}": held_out.manifest for name, held_out in sets.items()}
     start = OmegaConf.select(cfg, "model.restore_path")
-    missing = [line for line in recipe.unset(cfg) if line.startswith("evaluation.")]
-    missing += recipe.unfit(cfg.evaluation, "evaluation")
+    missing = [line for line in recipe_checks.unset(cfg) if line.startswith("evaluation.")]
+    missing += recipe_checks.unfit(cfg.evaluation, "evaluation")
     if not cfg.saved:
         needed |= {f"aligned model {name}": path for name, path in files.items()}
         needed |= {"start model": Path(start)} if start else {}
-        missing += recipe.missing(cfg)
+        missing += recipe_checks.missing(cfg)
         if start and (folders := [name for name, path in files.items() if path.is_dir()]):
             missing.append(
                 f"aligned: {', '.join(folders)} are SALM folders, but model=nemo reads .nemo files; start from a "
                 "folder, with model=salm model.folder=..."
             )
     missing += [f"{what}: there is no {path}; name another" for what, path in needed.items() if not path.exists()]
+    missing += recipe_evaluation.unmeasurable(cfg, sets) if not missing else []
     if missing:
         raise ValueError("nothing was started, because:\n" + "\n".join(f"  - {line}" for line in missing))
 
@@ -105,7 +122,7 @@ def saved_predictions(
     Raises:
         ValueError: items without an answer of everybody; a file of another system; an item that has changed since.
     """
-    names = [*OTHERS, *arms]
+    names = [name for name in (*OTHERS, *arms) if cfg.start or name != "start"]
     answers = {
         (system, name): read_answers(system, name, folder)
         for system in names
@@ -115,11 +132,14 @@ def saved_predictions(
     _check_ways(sets, answers)
     items = _answered_items(sets, answers, folder)
     tasks = {name: recipe_evaluation.make_task(cfg, name, sets[name], list) for name in sets}
+    speakers = {name: held_out.speakers() for name, held_out in sets.items()}
     predictions = [
-        prediction for (_, name), saved in answers.items() for prediction in rescore(saved, tasks[name], items[name])
+        prediction
+        for (_, name), saved in answers.items()
+        for prediction in rescore(saved, tasks[name], items[name], speakers[name])
     ]
     recipe_evaluation.keep_accounts(list(tasks.values()), folder)
-    return predictions, _told(cfg, answers)
+    return predictions, _told(cfg, sets, answers)
 
 
 def _check_ways(sets: dict[str, HeldOut], answers: dict[tuple[str, str], SavedAnswers]) -> None:
@@ -161,8 +181,23 @@ def _answered_items(
     return items
 
 
-def _told(cfg: DictConfig, answers: dict[tuple[str, str], SavedAnswers]) -> dict[str, str]:
+def _told(
+    cfg: DictConfig, sets: dict[str, HeldOut], answers: dict[tuple[str, str], SavedAnswers]
+) -> dict[str, str]:  # fmt: skip
     """Where saved answers come from, as far as they say so; the models are those that the config names."""
+    usual = {place: saved for place, saved in answers.items() if sets[place[1]].decoding is None}
+    told = {
+        "answers": f"saved in {Path(cfg.output).name}, scored anew; start model and teacher as configured, not loaded"
+    }
+    told["decoding"], told["decoding of the cascade's transcript"] = _decoded(usual)
+    for name in (name for name, one in sets.items() if one.decoding is not None):
+        how, heard = _decoded({place: saved for place, saved in answers.items() if place[1] == name})
+        told[f"decoding of {name}"] = f"{how}; of the cascade's transcript: {heard}"
+    return told
+
+
+def _decoded(answers: dict[tuple[str, str], SavedAnswers]) -> tuple[str, str]:
+    """How answers, and a cascade's transcripts, were decoded as their files say; who differs is named."""
     systems: dict[str, list[str]] = {}  # how they decoded -> who
     heard = []
     for (system, name), saved in answers.items():
@@ -170,25 +205,24 @@ def _told(cfg: DictConfig, answers: dict[tuple[str, str], SavedAnswers]) -> dict
         systems.setdefault(recipe_identity.in_words(own), []).append(f"{system} on {name}")
         heard.append(recipe_identity.in_words(saved.decoding.get("transcribe_params", {})))
     is_one = len(systems) == 1
-    return {
-        "answers": f"saved in {Path(cfg.output).name}, scored anew; start model and teacher as configured, not loaded",
-        "decoding": "; ".join(how if is_one else f"{', '.join(who)}: {how}" for how, who in systems.items()),
-        "decoding of the cascade's transcript": "; ".join(dict.fromkeys(words for words in heard if words)),
-    }
+    how = "; ".join(how if is_one else f"{', '.join(who)}: {how}" for how, who in systems.items())
+    return how, "; ".join(dict.fromkeys(words for words in heard if words))
 
 
-@hydra_runner(config_path="../conf", config_name="rba_evaluate")
+@hydra_runner(config_path="../conf", config_name="rba_eval")
 def main(cfg: DictConfig) -> None:
     folder = Path(cfg.output)
     try:
         files, sets = aligned_models(cfg), held_out_sets(cfg)
+        if not cfg.start:
+            cfg.model = recipe_evaluation.model_config(cfg, next(iter(files.values())))
         check_files(cfg, files, sets)
         told = {"aligned models": ", ".join(f"{name} ({path.name})" for name, path in files.items())}
         if cfg.saved:
             torch.set_num_threads(cfg.num_threads)
             predictions, source = saved_predictions(cfg, sets, list(files), folder)
             told |= source
-    except (ValueError, InstantiationException) as problem:
+    except (ValueError, ImportError, InstantiationException) as problem:
         raise SystemExit(str(problem)) from None
     if not cfg.saved:
         recipe.start(cfg)
@@ -198,4 +232,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = respelled(sys.argv[1:])
     main()

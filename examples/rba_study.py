@@ -11,14 +11,17 @@ python examples/rba_study.py                     # goes on where it was stopped
 """
 
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import recipe
+import recipe_checks
 import recipe_conditions
 import recipe_evaluation
+import recipe_parts
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from nemo.core.config import hydra_runner
@@ -41,11 +44,13 @@ def main(study: DictConfig) -> None:
         raise SystemExit(str(problem)) from None
     first = config(study, runs[0])
     for run in {run.arm: run for run in runs}.values():
-        recipe.preflight(config(study, run))
+        recipe_checks.preflight(config(study, run))
     recipe_conditions.check_conditions(first)
     recipe.start(first)
     stages = Stages(study.output, rank=parallel.rank())
-    data = stages.run("synthesis", recipe.keys(first, recipe.SYNTHESIS), partial(recipe.synthesize, first, rank=0))
+    data = stages.run(
+        "synthesis", recipe_parts.keys(first, recipe_parts.SYNTHESIS), partial(recipe.synthesize, first, rank=0)
+    )
     train(study, runs, data)
     scores = {run: dev_score(folder(study, run), monitor(first)) for run in runs}
     chosen = choose(runs, scores)
@@ -75,20 +80,30 @@ def train(study: DictConfig, runs: list[Run], data: Path) -> None:
     Raises:
         SystemExit: some could not be finished; all others were.
     """
-    if study.workers == 1:
-        for run in runs:
-            train_one(study, run, data)
-        return
-    context = multiprocessing.get_context("spawn")  # processes of their own: each has its process groups and its model
     failed = []
-    with ProcessPoolExecutor(study.workers, mp_context=context) as pool:
-        waiting = {pool.submit(train_one, study, run, data): run for run in runs}
-        for number, done in enumerate(as_completed(waiting), start=1):
-            run, problem = waiting[done], done.exception()
-            logging.info(f"{number} of {len(runs)} runs: {run.name}{f' failed: {problem}' if problem else ''}")
-            failed += [f"{run.name}: {problem}"] if problem else []
+    for number, (run, problem) in enumerate(_outcomes(study, runs, data), start=1):
+        logging.info(f"{number} of {len(runs)} runs: {run.name}{f' failed: {problem}' if problem else ''}")
+        failed += [f"{run.name}: {problem}"] if problem else []
     if failed:
         raise SystemExit("these runs are not finished:\n" + "\n".join(f"  - {line}" for line in failed))
+
+
+def _outcomes(study: DictConfig, runs: list[Run], data: Path) -> Iterator[tuple[Run, BaseException | None]]:
+    """Each run, as it ends, and what has ended it before its time."""
+    if study.workers == 1:
+        for run in runs:
+            try:
+                train_one(study, run, data)
+            except Exception as problem:
+                yield run, problem
+            else:
+                yield run, None
+        return
+    context = multiprocessing.get_context("spawn")  # processes of their own: each has its process groups and its model
+    with ProcessPoolExecutor(study.workers, mp_context=context) as pool:
+        waiting = {pool.submit(train_one, study, run, data): run for run in runs}
+        for done in as_completed(waiting):
+            yield waiting[done], done.exception()
 
 
 def train_one(study: DictConfig, run: Run, data: Path) -> None:
@@ -97,7 +112,7 @@ def train_one(study: DictConfig, run: Run, data: Path) -> None:
         initialize_config_dir(str(CONF), version_base=None)
     cfg = config(study, run)
     recipe.start(cfg)
-    asked = recipe.keys(cfg, recipe.ALIGNMENT)
+    asked = recipe_parts.keys(cfg, recipe_parts.ALIGNMENT)
     try:
         Stages(Path(study.output) / "runs").run(run.name, asked, lambda path: recipe.align(cfg, data, path, run.name))
     except SystemExit as stop:  # a worker that exits would take the pool with it

@@ -9,6 +9,8 @@ Ranks share the output folder and nothing else; see nemo_rba/synthesis/orders.py
 """
 
 import recipe
+import recipe_checks
+import recipe_parts
 import torch
 from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
@@ -20,14 +22,14 @@ from nemo_rba.stages import Stages
 @hydra_runner(config_path="../conf", config_name="rba_tiny")
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.num_threads)
-    recipe.preflight_synthesis(cfg)
+    recipe_checks.preflight_synthesis(cfg)
     try:
         rank = rank_without_groups(array=cfg.get("array", False))
     except ValueError as problem:
         raise SystemExit(str(problem)) from None
     Stages(cfg.output, rank=rank).run(
         "synthesis",
-        recipe.keys(cfg, recipe.SYNTHESIS),
+        recipe_parts.keys(cfg, recipe_parts.SYNTHESIS),
         lambda folder: recipe.synthesize(cfg, folder, rank),
         collective=True,
     )

@@ -4,16 +4,19 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from urllib.parse import quote
 
 import soundfile
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
-from recipe import LABELS, layout, loader_builder
-from recipe_identity import fingerprints, identity
+from omegaconf import DictConfig, OmegaConf
+from recipe import loader_builder
+from recipe_conditions import decoding_of
+from recipe_identity import fingerprints, has_start, identity
+from recipe_parts import LABELS, layout
 
 from nemo_rba.algorithms.policy import FrozenPolicy
 from nemo_rba.algorithms.speech_cache import SpeechCache
@@ -22,7 +25,7 @@ from nemo_rba.data.prompt import typed_batch
 from nemo_rba.distributed import parallel
 from nemo_rba.distributed.once import once_per_model
 from nemo_rba.evaluation.browser import Sound, choose_items, write_browser
-from nemo_rba.evaluation.conditions import HeldOut
+from nemo_rba.evaluation.conditions import Decoding, HeldOut
 from nemo_rba.evaluation.plots import TrainingCurves, read_curve
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
@@ -77,6 +80,30 @@ def make_task(cfg: DictConfig, name: str, held_out: HeldOut, batches: Callable) 
     return (held_out.make_task or instantiate(cfg.evaluation.task))(name=name, batches=batches)
 
 
+def check_measures(cfg: DictConfig) -> None:
+    """Stop before any work where the report's measure lacks a package; a judge's server is asked for when it is needed.
+
+    Raises:
+        SystemExit: what is missing, and how to get it.
+    """
+    is_judged = OmegaConf.select(cfg.evaluation.task, "reward.judge") is not None
+    if wrong := [] if is_judged else unmeasurable(cfg, {"evaluation": HeldOut(manifest=Path())}):
+        raise SystemExit("nothing was started, because:\n" + "\n".join(f"  - {line}" for line in wrong))
+
+
+def unmeasurable(cfg: DictConfig, sets: dict[str, HeldOut]) -> list[str]:
+    """What the measures lack, known before a model is loaded: a package, IFEval's sentence model, a judge's server."""
+    lines = []
+    for name, held_out in sets.items():
+        try:
+            make_task(cfg, name, held_out, list)
+        except InstantiationException as error:  # of what a task is made with
+            lines.append(f"{name}: {error.__cause__ or error}")
+        except (ValueError, ImportError) as error:
+            lines.append(f"{name}: {error}")
+    return lines
+
+
 def _loader(cfg: DictConfig, held_out: HeldOut, folder: Path, model: RBASpeechLM) -> SpeechLoader:
     """A held-out set as the student hears it."""
     build = loader_builder(
@@ -86,41 +113,50 @@ def _loader(cfg: DictConfig, held_out: HeldOut, folder: Path, model: RBASpeechLM
     return build(prompt=model.prompt, sampling_rate=model.sampling_rate)
 
 
-def systems(cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]) -> list[Callable[[], System]]:
-    """Everyone who is compared, built when needed: T, the cascade, S0, and every aligned model."""
-    evaluation, teacher = cfg.evaluation, once_per_model(partial(instantiate, cfg.teacher))
-    params, heard = instantiate(evaluation.params), SpeechCache()
+def systems(
+    cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]
+) -> list[Callable[[], Callable[[Decoding], System]]]:
+    """Everyone who is compared, built when needed, then told how to answer: T, the cascade, S0, the aligned models.
+
+    Args:
+        start: whose prompts all are asked; without a start model, the first aligned one.
+    """
+    teacher, heard = once_per_model(partial(instantiate, cfg.teacher)), SpeechCache()
 
     def frozen(model: RBASpeechLM) -> FrozenPolicy:
-        return FrozenPolicy(model=model, generation_batch_size=evaluation.generation_batch_size, speech_cache=heard)
+        size = cfg.evaluation.generation_batch_size
+        return FrozenPolicy(model=model, generation_batch_size=size, speech_cache=heard)
 
-    def cascade() -> System:
-        return CascadeSystem(
-            name="cascade",
-            policy=frozen(start),
-            teacher=teacher,
-            encoder=start.prompt,
-            transcribe_context=evaluation.transcribe_context,
-            transcribe_params=instantiate(evaluation.transcribe_params),
-            params=params,
-        )
+    def reader(how: Decoding) -> System:
+        return TeacherSystem(name="teacher", teacher=teacher, params=how.params)
 
-    def aligned(arm: str) -> System:
-        is_salm = files[arm].is_dir()
-        model = (
-            instantiate(cfg.model, folder=str(files[arm]))
-            if is_salm
-            else RBASpeechLM.restore_from(files[arm], **layout(cfg))
-        )
+    def cascade() -> Callable[[Decoding], System]:
+        policy = frozen(start)
+        return lambda how: CascadeSystem(
+            name="cascade", policy=policy, teacher=teacher, encoder=start.prompt, params=how.params,
+            transcribe_context=how.transcribe_context, transcribe_params=how.transcribe_params,
+        )  # fmt: skip
+
+    def hearer(name: str, model: RBASpeechLM) -> Callable[[Decoding], System]:
+        policy = frozen(model)
+        return lambda how: PolicySystem(name=name, policy=policy, params=how.params)
+
+    def aligned(arm: str) -> Callable[[Decoding], System]:
+        model = start if arm == known else instantiate(model_config(cfg, files[arm]))
         check_same_prompts(arm, model.prompt, start.prompt)
-        return PolicySystem(name=arm, policy=frozen(model), params=params)
+        return hearer(arm, model)
 
-    return [
-        lambda: TeacherSystem(name="teacher", teacher=teacher, params=params),
-        cascade,
-        lambda: PolicySystem(name="start", policy=frozen(start), params=params),
-        *(partial(aligned, arm) for arm in files),
-    ]
+    known = None if has_start(cfg) else next(iter(files))  # the model that is there already
+    before = [lambda: hearer("start", start)] if has_start(cfg) else []
+    return [lambda: reader, cascade, *before, *(partial(aligned, arm) for arm in files)]
+
+
+def model_config(cfg: DictConfig, path: Path) -> DictConfig:
+    """How to make the model of a ``.nemo`` or a SALM folder, laid out and computed as the start model is."""
+    if path.is_dir():
+        return OmegaConf.merge(cfg.model, {"folder": str(path)})
+    restored = {"_target_": f"{RBASpeechLM.__module__}.{RBASpeechLM.__name__}.restore_from", "restore_path": str(path)}
+    return OmegaConf.create(restored | layout(cfg))
 
 
 def check_same_prompts(arm: str, prompt: PromptEncoder, asked: PromptEncoder) -> None:
@@ -147,15 +183,17 @@ def evaluate(
     """
     start = instantiate(cfg.model)
     held_out, weights = tasks(cfg, sets, folder, start), fingerprints(cfg, files)
-    predictions = []
+    predictions, usual = [], decoding_of(cfg.evaluation)
+    speakers = {name: one.speakers() for name, one in sets.items()}
     for build in systems(cfg, start, files):
-        system = build()
+        told = cache(build())  # a decoding -> who answers so: a teacher remembers what it has read
         for task, basis in held_out:
+            system = told(sets[task.name].decoding or usual)
             if is_asked(system.name, sets[task.name]):
-                predictions += run(system, task, folder, basis | weights[system.name])
+                predictions += run(system, task, folder, basis | weights[system.name], speakers[task.name])
     keep_accounts([task for task, _ in held_out], folder)
     if parallel.rank() == 0:
-        _keep_sounds(cfg, sets, predictions, roles(list(files)), folder, start)
+        _keep_sounds(cfg, sets, predictions, roles(cfg, list(files)), folder, start)
     return predictions
 
 
@@ -176,11 +214,13 @@ def keep_accounts(asked: list[ItemTask], folder: Path) -> None:
         (folder / ACCOUNTS).write_text(json.dumps(total, indent=2) + "\n")
 
 
-def roles(arms: list[str]) -> Roles:
+def roles(cfg: DictConfig, arms: list[str]) -> Roles:
     """Who is who among the systems that ``evaluate`` asked."""
-    labels = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade", "start": "Start (S0)"}
+    labels = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade"}
+    labels |= {"start": "Start (S0)"} if has_start(cfg) else {}
     labels |= {arm: LABELS.get(arm, arm) for arm in arms}
-    return Roles(systems=labels, teacher=labels["teacher"], start=labels["start"], arms=[labels[arm] for arm in arms])
+    mine = [labels[arm] for arm in arms]
+    return Roles(systems=labels, teacher=labels["teacher"], start=labels.get("start"), arms=mine)
 
 
 def _sound_files(
@@ -225,7 +265,7 @@ def report(
     """
     if parallel.rank() > 0:
         return
-    who, source = roles(arms), identity(cfg, sets, arms) | weights(sets, arms, folder) | dict(told or {})
+    who, source = roles(cfg, arms), identity(cfg, sets, arms) | weights(sets, arms, folder) | dict(told or {})
     accounts = folder / ACCOUNTS
     sounds = {
         name: {id: _read_sound(path) for id, path in files.items() if path.exists()}
@@ -242,7 +282,7 @@ def report(
         predictions=predictions,
         **trained,
         held_out=sets,
-        notes=list(cfg.evaluation.notes),
+        notes=list(dict.fromkeys([*cfg.evaluation.notes, *(note for one in sets.values() for note in one.notes)])),
         num_samples=cfg.evaluation.num_samples,
         num_draws=cfg.evaluation.num_draws,
         seed=cfg.seed,

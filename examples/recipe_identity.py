@@ -3,14 +3,20 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_rba.distributed.once import once_per_model
-from nemo_rba.evaluation.conditions import HeldOut
+from nemo_rba.evaluation.conditions import Decoding, HeldOut
 from nemo_rba.synthesis.origin import versions
+
+
+def has_start(cfg: DictConfig) -> bool:
+    """Whether the start model is asked, and gaps are closed; only ``rba_evaluate.py`` can do without."""
+    return bool(cfg.get("start", True))
 
 
 def fingerprints(cfg: DictConfig, files: dict[str, Path]) -> dict[str, dict[str, str]]:
@@ -66,16 +72,22 @@ def identity(cfg: DictConfig, sets: dict[str, HeldOut], arms: list[str]) -> dict
     evaluation = cfg.evaluation
     return {
         "code": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "start model": named("model.folder", "model.restore_path"),
+        "start model": named("model.folder", "model.restore_path") if has_start(cfg) else "none",
         "teacher": named("teacher.path", "teacher.model"),
         "aligned models": ", ".join(arms),
         **{f"data: {name}": heard(held_out) for name, held_out in sets.items()},
         "decoding": in_words(evaluation.params),
+        **{f"decoding of {name}": _decoded(one.decoding) for name, one in sets.items() if one.decoding},
         "decoding of the cascade's transcript": in_words(evaluation.transcribe_params),
         "seed": str(cfg.seed),
         "bootstrap": f"{evaluation.num_draws} draws",
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _decoded(how: Decoding) -> str:
+    answers, transcripts = (in_words(asdict(params)) for params in (how.params, how.transcribe_params))
+    return f"{answers}; of the cascade's transcript: {transcripts}"
 
 
 def in_words(decoding: Mapping) -> str:

@@ -251,6 +251,28 @@ def _read_lines(path: Path, report: ManifestReport) -> Iterator[tuple[int, str]]
         report.problems.append(f"{path} ends early after line {number} ({error}); copy or write it again")
 
 
+def read_speakers(path: str | Path) -> dict[str, str]:
+    """Id of every cut -> who speaks, "" where that is not told. No sound is read.
+
+    Raises:
+        ValueError: as ``read_manifest``; a line that is no cut.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        _require_jsonl(path)
+    report, speakers = ManifestReport(), {}
+    for file in map(Path, _list_shards(path)[0] if path.is_dir() else [path]):
+        for number, line in _read_lines(file, report):
+            try:
+                cut = json.loads(line)
+                speakers[cut["id"]] = str((cut.get("custom") or {}).get("speaker") or "")
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{file} line {number} is cut off or not a cut; write the manifest again") from error
+    if report.problems:
+        raise ValueError(report.problems[0])
+    return speakers
+
+
 def _scan_archive(path: Path, ids: list[str], report: ManifestReport) -> None:
     """Compare the names in a recording archive with the cut ids beside it."""
     names: list[str] = []

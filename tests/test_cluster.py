@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-import recipe
+import recipe_checks
 from test_configs import load
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,11 @@ if [[ -n ${WAITS:-} ]]; then while [[ ! -e scancel.txt ]]; do sleep 0.05; done; 
 echo "${SAYS:-}" > "$log"
 exit "${STATUS:-0}"
 """,
-    "scontrol": """if [[ $1 == show ]]; then echo first-node; else echo "$@" >> scontrol.txt; fi""",
+    "scontrol": """case "$1 $2" in
+"show hostnames") echo first-node;;
+"show job") echo "   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=${PREEMPTED:-None}";;
+*) echo "$@" >> scontrol.txt;;
+esac""",
     "scancel": """echo "$@" > scancel.txt""",
     "squeue": """date -d "+4 hours" +%Y-%m-%dT%H:%M:%S""",
 }
@@ -108,6 +112,17 @@ def test_an_error_is_not_queued_again(job, tmp_path, status, expected):
     assert "not queued again" in text
 
 
+@pytest.mark.parametrize("status", ["0", "143"], ids=["saved in training", "ended in another stage"])
+def test_a_job_whose_nodes_were_taken_is_queued_again(job, tmp_path, status):
+    found, text = ended(job(SAYS="Received SIGTERM", STATUS=status, PREEMPTED="2099-01-01T08:30:00"))
+    assert (found, requeued(tmp_path)) == (0, ["requeue 7"]), text
+
+
+def test_nodes_taken_from_an_earlier_part_excuse_no_error(job, tmp_path):
+    found, text = ended(job(SAYS="CUDA out of memory", STATUS="1", PREEMPTED="2020-01-01T08:30:00"))
+    assert (found, requeued(tmp_path)) == (1, []), text
+
+
 def test_restarts_have_an_end(job, tmp_path):
     status, text = ended(job(SAYS=stop_message(), STATUS="1", SLURM_RESTART_COUNT="30"))
     assert (status, requeued(tmp_path)) == (3, []), text
@@ -158,7 +173,7 @@ def overrides(words: list[str]) -> tuple[str, list[str]]:
 def composed(words: list[str]):
     name, rest = overrides(words)
     cfg = load(name, *rest)
-    assert recipe.unfit(cfg) == []
+    assert recipe_checks.unfit(cfg) == []
     return cfg
 
 
@@ -170,7 +185,7 @@ def test_the_batch_script_starts_a_recipe_that_composes(job, tmp_path, arguments
     limit = {} if hours == 4 else {"SLURM_JOB_END_TIME": str(int(time.time()) + 3600 * hours)}  # else asks squeue
     ended(job(*arguments, SAYS=end_message(), **limit))
     words = (tmp_path / "srun.txt").read_text().splitlines()
-    assert "--kill-on-bad-exit=1" in words
+    assert {"--kill-on-bad-exit=1", "--cpus-per-task=6"} <= set(words)
     cfg = composed(words)
     assert cfg.name == (arguments or ["rba_8b"])[0]
     assert (cfg.trainer.num_nodes, cfg.trainer.devices, cfg.num_threads) == (2, 8, 6)
@@ -212,7 +227,7 @@ def test_the_commands_of_the_document_compose():
     for words in commands:
         cfg = composed(words)
         if cfg.model._target_.endswith("restore_from"):
-            assert not any("folder" in line for line in recipe.missing(cfg))
+            assert not any("folder" in line for line in recipe_checks.missing(cfg))
     for path in re.findall(r"\b(?:examples|conf|tests|docs)/[\w/.]+\.\w+", text):
         assert (ROOT / path).exists(), path
 
@@ -258,9 +273,8 @@ def test_the_container_gets_small_packages_only_and_pinned(container, constraint
 
 
 def test_the_container_is_checked_by_imports(container, monkeypatch):
-    names = re.findall(r"nemo_rba\.[\w.]+", container.CHECK)
-    assert len(names) == 3
-    assert all((ROOT / f"{name.replace('.', '/')}.py").is_file() for name in names)
+    assert "walk_packages(nemo_rba.__path__" in container.CHECK
+    assert all(name in container.CHECK for name in container.SMALL)
     monkeypatch.setattr(container, "CHECK", "import no_such_module")
     with pytest.raises(subprocess.CalledProcessError):
         container.check()

@@ -2,17 +2,22 @@
 """Every config composes, resolves, and names things that exist and accept its keys."""
 
 import inspect
+import json
 from pathlib import Path
 
 import pytest
-import recipe
+import rba_evaluate
+import recipe_checks
 import recipe_conditions
 import recipe_evaluation
+import recipe_parts
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from study.runs import Run, config
+
+from nemo_rba.benchmarks import instructions, questions, translation, voicebench
 
 CONF = Path(__file__).parent.parent / "conf"
 RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -44,16 +49,16 @@ def nodes(cfg, path=""):
 def test_recipe_composes_and_its_targets_accept_their_keys(name):
     cfg = load(name)
     assert list(nodes(cfg)) or name in ("rba_study", "rba_export"), "a study names a recipe"
-    assert recipe.unfit(cfg) == []
+    assert recipe_checks.unfit(cfg) == []
     if "arm" in cfg:
-        recipe.keys(cfg, recipe.SYNTHESIS + recipe.ALIGNMENT + recipe.EVALUATION)
-        for arm in recipe.arms(cfg).values():
-            assert recipe.unfit(arm) == []
+        recipe_parts.keys(cfg, recipe_parts.SYNTHESIS + recipe_parts.ALIGNMENT + recipe_parts.EVALUATION)
+        for arm in recipe_parts.arms(cfg).values():
+            assert recipe_checks.unfit(arm) == []
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_group_targets_accept_their_keys(path):
-    assert recipe.unfit(OmegaConf.load(path)) == []
+    assert recipe_checks.unfit(OmegaConf.load(path)) == []
 
 
 @pytest.mark.parametrize(
@@ -61,11 +66,11 @@ def test_group_targets_accept_their_keys(path):
 )
 def test_two_overrides_make_a_baseline(objective, expected):
     cfg = load("rba_tiny", "rollouts=teacher", f"objective={objective}")
-    arms = recipe.arms(cfg)
+    arms = recipe_parts.arms(cfg)
     assert list(arms) == expected, "the baseline that the main arm has become is not run twice"
     assert all(arm.rollouts._target_.endswith("TeacherRollouts") for arm in arms.values())
     assert not any("clip_low" in arm.objective for arm in arms.values())
-    recipe.preflight(cfg)
+    recipe_checks.preflight(cfg)
 
 
 def test_report_shows_only_curves_that_some_arm_has(tmp_path):
@@ -85,7 +90,7 @@ def test_unknown_key_is_refused():
 def test_preflight_names_everything_that_is_missing():
     cfg = load("rba_8b", "trainer.devices=9")
     with pytest.raises(SystemExit) as stop:
-        recipe.preflight(cfg)
+        recipe_checks.preflight(cfg)
     message = str(stop.value)
     for expected in ("model.folder", "salm_train.py", "teacher.path", "huggingface-cli", "fastpitch", "vocoder",
                      "trainer.devices = 9", "GPUs"):  # fmt: skip
@@ -106,12 +111,32 @@ def test_preflight_names_everything_that_is_missing():
         ("model.folder=nowhere", "model.folder = nowhere"),
         ("reward=reward_model", "reward.parts.model.path is not set"),
         ("rollouts=mixed rollouts.group_size=1", "the teacher's answer included, got 1"),
+        ("trainer.devices=auto", "trainer.devices is 'auto'; expected a whole number"),
+        ("trainer.devices=3 data.num_dev=2", "data.num_dev is 2, but 3 data-parallel ranks share the dev set"),
+        (
+            "objective=dr_grpo rollouts=teacher",
+            "objective.aggregation: Interpolation key 'rollouts.max_new_tokens' not found",
+        ),
     ],
 )
 def test_preflight_refuses_what_cannot_work(override, expected):
     with pytest.raises(SystemExit) as stop:
-        recipe.preflight(load("rba_tiny", *override.split()))
+        recipe_checks.preflight(load("rba_tiny", *override.split()))
     assert expected in str(stop.value)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_before_its_instructions_are_spoken(tmp_path):
+    for path in (CONF.parent / "examples" / "tiny" / "teacher").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokens = json.loads((tmp_path / "tokenizer.json").read_text())
+    words = tokens["model"]["vocab"]
+    one, other = list(words)[-2:]
+    words[one], words[other] = words[other], words[one]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(SystemExit, match="rba: teacher and student differ in 2 of"):
+        recipe_checks.preflight(load("rba_tiny", f"teacher.path={tmp_path}"))
+    judged_by_no_token = ["objective.dense_weight=0", "~baselines.forward_kl"]
+    recipe_checks.preflight(load("rba_tiny", f"teacher.path={tmp_path}", *judged_by_no_token))
 
 
 @pytest.mark.parametrize(
@@ -128,8 +153,8 @@ def test_preflight_refuses_what_cannot_work(override, expected):
 )
 def test_preflight_lets_choices_pass_that_go_together(overrides):
     cfg = load("rba_tiny", *overrides)
-    recipe.preflight(cfg)
-    main, *rivals = recipe.arms(cfg).values()
+    recipe_checks.preflight(cfg)
+    main, *rivals = recipe_parts.arms(cfg).values()
     assert ("importance" in main) == any("importance" in override for override in overrides)
     assert not any("importance" in rival or "kl_controller" in rival for rival in rivals)
     assert all(rival.schedule.peak == 2e-4 for rival in rivals), "the rivals keep their schedule"
@@ -140,7 +165,7 @@ def test_preflight_lets_every_arm_of_the_study_pass(arm):
     study = load("rba_study")
     with initialize_config_dir(str(CONF), version_base=None):
         cfg = config(study, Run(arm=arm, prompts=300, learning_rate=1e-4, seed=1))
-    recipe.preflight(cfg)
+    recipe_checks.preflight(cfg)
     assert cfg.exp_manager.checkpoint_callback_params.monitor == "val/obeys"
     assert "obeys" in cfg.reward.parts, "what every arm is chosen by"
 
@@ -148,25 +173,25 @@ def test_preflight_lets_every_arm_of_the_study_pass(arm):
 def test_synthesis_needs_neither_the_student_nor_its_gpus():
     cfg = load("rba_8b", "teacher.path=examples/tiny/teacher")
     with pytest.raises(SystemExit) as stop:
-        recipe.preflight_synthesis(cfg)
+        recipe_checks.preflight_synthesis(cfg)
     assert "fastpitch" in str(stop.value), "who speaks is not there"
     assert "model.folder" not in str(stop.value)
     assert "GPUs" not in str(stop.value)
-    recipe.preflight_synthesis(load("rba_tiny", "model.folder=nowhere"))
+    recipe_checks.preflight_synthesis(load("rba_tiny", "model.folder=nowhere"))
     with pytest.raises(SystemExit, match=r"model\.folder"):
-        recipe.preflight_synthesis(load("rba_tiny", "model.folder=nowhere", "teacher=self"))
+        recipe_checks.preflight_synthesis(load("rba_tiny", "model.folder=nowhere", "teacher=self"))
 
 
 def test_a_part_put_into_nothing_is_refused():
     cfg = load("rba_tiny", "+quality@synthesis.quality.checks.round_trip=asr_round_trip")
     with pytest.raises(SystemExit, match=r"synthesis\.quality has checks, but no _target_"):
-        recipe.preflight(cfg)
+        recipe_checks.preflight(cfg)
 
 
 def test_training_can_hear_its_clips_through_something():
     cfg = load("rba_tiny", "+augmentation@data.augmentation=noisy")
-    recipe.preflight(cfg)
-    changed, plain = (recipe.keys(found, recipe.ALIGNMENT) for found in (cfg, load("rba_tiny")))
+    recipe_checks.preflight(cfg)
+    changed, plain = (recipe_parts.keys(found, recipe_parts.ALIGNMENT) for found in (cfg, load("rba_tiny")))
     assert changed["data"].pop("augmentation")["_target_"].endswith("NoiseAugmentation")
     assert changed == plain
 
@@ -175,9 +200,9 @@ def test_training_can_hear_its_clips_through_something():
     "override", ["synthesis.max_batches=7", "synthesis.allow_fewer=true", "teacher.batch_size=3", "teacher.device=meta"]
 )
 def test_what_was_made_is_kept_where_only_its_making_changes(override):
-    stages = (recipe.SYNTHESIS, recipe.ALIGNMENT, recipe.EVALUATION)
+    stages = (recipe_parts.SYNTHESIS, recipe_parts.ALIGNMENT, recipe_parts.EVALUATION)
     found, plain = (
-        [recipe.keys(cfg, names) for names in stages] for cfg in (load("rba_tiny", override), load("rba_tiny"))
+        [recipe_parts.keys(cfg, names) for names in stages] for cfg in (load("rba_tiny", override), load("rba_tiny"))
     )
     assert found == plain
 
@@ -201,7 +226,7 @@ def test_8b_recipes_differ_only_where_they_should():
     assert (full.policy.lora, lora.policy.lora.rank) == (None, 16)
     assert lora.output == "runs/rba_8b_lora"
     for cfg in (full, lora):
-        arms = recipe.arms(cfg)
+        arms = recipe_parts.arms(cfg)
         assert [arm.schedule.peak for arm in arms.values()] == [
             cfg.learning_rate, cfg.distillation_learning_rate, cfg.distillation_learning_rate
         ]  # fmt: skip
@@ -222,7 +247,7 @@ def test_one_key_changes_what_hangs_on_it():
 @pytest.mark.parametrize("name", ["rba_8b", "rba_8b_lora"])
 def test_8b_rivals_can_be_left_out(name):
     cfg = load(name, "~baselines.sft", "~baselines.forward_kl")
-    assert list(recipe.arms(cfg)) == ["rba"]
+    assert list(recipe_parts.arms(cfg)) == ["rba"]
 
 
 @pytest.mark.parametrize(
@@ -258,15 +283,63 @@ def test_conditions_that_cannot_be_met_stop_before_any_work(override, expected):
 )
 def test_tasks_that_cannot_be_run_are_named(tasks, expected):
     with initialize_config_dir(str(CONF), version_base=None):
-        cfg = compose("rba_evaluate", overrides=["aligned=x.nemo", f"tasks={tasks}"])
+        cfg = compose("rba_eval", overrides=["aligned=x.nemo", f"tasks={tasks}"])
         with pytest.raises(ValueError, match=expected):
             recipe_conditions.benchmark_sets(cfg)
+
+
+def test_tasks_may_be_folders_that_know_how_they_are_measured(tmp_path):
+    known = {"a": {"evaluation": "translation", "task": {"target_language": "zh"}}, "b": {"evaluation": "spoken_qa"}}
+    for name, measure in known.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "benchmark.json").write_text(json.dumps({"name": name, "measure": measure}))
+    places = ",".join(str(tmp_path / name) for name in "abc")
+    with initialize_config_dir(str(CONF), version_base=None):
+        cfg = compose("rba_eval", overrides=["aligned=x.nemo", f"tasks=[{places}]"])
+        sets = recipe_conditions.benchmark_sets(cfg)
+        assert {name: one.manifest for name, one in sets.items()} == {name: tmp_path / name for name in "abc"}
+        assert "tok:zh" in next(iter(sets["a"].make_task(name="a", batches=list)._metrics))
+        assert sets["b"].decoding.params.max_new_tokens == 256, "as conf/evaluation/spoken_qa.yaml has it"
+        assert sets["b"].decoding.transcribe_context == "transcribe", "as the tiny model knows it"
+        assert (sets["c"].make_task, sets["c"].decoding) == (None, None), "the main evaluation's"
+        cfg.tasks = [str(tmp_path / "a"), str(tmp_path / "elsewhere" / "a")]
+        with pytest.raises(ValueError, match="two manifests called 'a'"):
+            recipe_conditions.benchmark_sets(cfg)
+        cfg.tasks = str(tmp_path / "b")
+        assert list(recipe_conditions.benchmark_sets(cfg)) == ["b"]
+
+
+def test_every_benchmark_names_a_measure_that_there_is():
+    assert set(voicebench.MEASURES) == set(voicebench.SPLITS)
+    rooms = (instructions, questions, translation, voicebench)
+    named = [c.measure for room in rooms for c in vars(room).values() if isinstance(getattr(c, "measure", None), dict)]
+    names = {*voicebench.MEASURES.values(), *(measure["evaluation"] for measure in named), "translation"}
+    assert len(named) >= 8
+    assert names <= {path.stem for path in (CONF / "evaluation").glob("*.yaml")}
+
+
+def test_a_task_of_the_main_evaluation_has_what_the_command_line_says(monkeypatch):
+    with initialize_config_dir(str(CONF), version_base=None):
+        overrides = ["evaluation=spoken_qa", "evaluation.task.max_words=4", "aligned=x.nemo"]
+        cfg = compose("rba_eval", overrides=[*overrides, "tasks={a: {manifest: m, evaluation: spoken_qa}}"],
+                      return_hydra_config=True)  # fmt: skip
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+        HydraConfig.instance().set_config(cfg)
+        cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        made = recipe_conditions.benchmark_sets(cfg)["a"].make_task(name="a", batches=list)
+    assert made._contains.max_words == 4
+
+
+def test_a_model_to_be_evaluated_is_not_taken_for_an_option_of_conf():
+    given = ["--config-name=rba_eval", "model=a/x.nemo", "model=salm", "model.folder=y", "tasks=[z]"]
+    assert rba_evaluate.respelled(given) == ["--config-name=rba_eval", "aligned=a/x.nemo", *given[2:]]
+    assert rba_evaluate.respelled(["model={a: x.nemo, b: y}"]) == ["aligned={a: x.nemo, b: y}"]
 
 
 def test_a_tasks_own_evaluation_finds_what_it_refers_to():
     with initialize_config_dir(str(CONF), version_base=None):
         tasks = "{a: {manifest: m, evaluation: spoken_qa, task: {max_words: 3}}}"
-        cfg = compose("rba_evaluate", overrides=["aligned=x.nemo", "output=here", f"tasks={tasks}"])
+        cfg = compose("rba_eval", overrides=["aligned=x.nemo", "output=here", f"tasks={tasks}"])
         made = recipe_conditions.benchmark_sets(cfg)["a"].make_task(name="a", batches=list)
         assert made._contains.max_words == 3
         nobody = "{model: m, base_url: 'http://127.0.0.1:9/v1', max_retries: 0}"

@@ -34,9 +34,11 @@ SMALL = {  # module: package; what nemo_rba imports beside NeMo and torch, and w
 }
 SHOWN = ("torch", "nemo", "megatron.core", "lightning", "transformers", "transformer_engine", "apex", "nemo_rba")
 CHECK = f"""
-import importlib, torch
-import nemo.collections.asr, nemo.collections.speechlm2.modules.perception, megatron.core.models.gpt, sacrebleu
-import nemo_rba.models.rba_speech_lm, nemo_rba.algorithms.policy, nemo_rba.evaluation.runner
+import importlib, pkgutil, nemo_rba
+found = [module.name for module in pkgutil.walk_packages(nemo_rba.__path__, "nemo_rba.")]
+for name in [*found, *{tuple(SMALL)}, "nemo.collections.speechlm2.models", "nemo.collections.tts.models"]:
+    importlib.import_module(name)
+print(len(found), "modules of nemo_rba can be imported")
 for name in {SHOWN}:
     try:
         print(name, getattr(importlib.import_module(name), "__version__", "(no version)"))

@@ -55,7 +55,7 @@ submit=(
   --result /results                         # Base Command wants one; joblog.log is kept there
   --preempt RUNONCE
   --total-runtime "$TOTAL_RUNTIME"
-  "${array[@]}"
+  ${array[@]+"${array[@]}"}                 # bash 3.2, the one of macOS, takes an empty array for an unset one
   --commandline "$command"
 )
 if [[ -n ${DRY_RUN:-} ]]; then

@@ -80,9 +80,12 @@ def budget(study: DictConfig, prompts: int, arm: str) -> tuple[int, int]:
 
 
 def dev_score(folder: Path, monitor: str) -> float:
-    """Best dev score of a finished run, which is that of the checkpoint it kept."""
+    """Best dev score of a finished run, which is that of the checkpoint it kept.
+
+    That of step 0 is the start model's, and no run may be credited with what it had before it learned anything.
+    """
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return max(line[monitor] for line in lines if monitor in line)
+    return max(line[monitor] for line in lines if monitor in line and line["step"] > 0)
 
 
 def choose(runs: Sequence[Run], scores: dict[Run, float]) -> dict[tuple[int, str], Run]:

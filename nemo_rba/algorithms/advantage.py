@@ -120,7 +120,8 @@ class BatchWhitened:
 
     The standard deviation is over answers and without Bessel's correction. Collective: every rank calls it. A group of
     equal rewards gives 0 with ``group_baseline``; without, it is compared with the rest of the batch, and only a whole
-    batch of equal rewards gives 0. The KL in the reward is not part of this: use the KL of the loss.
+    batch of equal rewards gives 0. verl and OpenRLHF take mean and standard deviation over tokens, so
+    that a long answer counts for more. The paper's KL in the reward is ``objective.kl_estimator=k1_in_reward``.
 
     Args:
         epsilon: added to the standard deviation.

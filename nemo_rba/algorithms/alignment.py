@@ -15,6 +15,7 @@ One ``training_step`` is one batch; ``global_step`` counts optimiser steps.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,19 +23,28 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from nemo_rba.algorithms.advantage import estimate, silent_share
-from nemo_rba.algorithms.collate import collate, prompt_index
-from nemo_rba.algorithms.controls import Controls
+from nemo_rba.algorithms.choices import check_choices
+from nemo_rba.algorithms.collate import judge, prompt_index, split
+from nemo_rba.algorithms.controls import Controls, RunStopped
 from nemo_rba.algorithms.gkd import GKDRollouts
 from nemo_rba.algorithms.importance import Importance
-from nemo_rba.algorithms.loss_terms import PolicyGradientLoss
+from nemo_rba.algorithms.kl_reward import is_priced, kl_price
 from nemo_rba.algorithms.representation import RepresentationLoss, RepresentationReward
 from nemo_rba.algorithms.rollout import Answers, TeacherRollouts, respond
-from nemo_rba.distributed.parallel import data_parallel_mean, data_parallel_sum
+from nemo_rba.distributed.parallel import data_parallel_lists, data_parallel_mean, data_parallel_rank, data_parallel_sum
 from nemo_rba.functional import group_is_constant
-from nemo_rba.protocols import AdvantageEstimator, LikelihoodTeacher, Metrics, Objective, Policy, RolloutSource
+from nemo_rba.protocols import (
+    AdvantageEstimator,
+    EvalTask,
+    LikelihoodTeacher,
+    Metrics,
+    Objective,
+    Policy,
+    RolloutSource,
+)
 from nemo_rba.rewards.mixture import RewardMixture
 from nemo_rba.synthesis.teacher import check_same_vocabulary
-from nemo_rba.types import RolloutBatch, SamplingParams, SpeechBatch
+from nemo_rba.types import Rollout, RolloutBatch, SamplingParams, SpeechBatch
 
 SEEDS_PER_RUN = 1_000_003  # so that no two steps of two runs with neighbouring seeds sample alike
 
@@ -54,6 +64,7 @@ class RBAAlignment(LightningModule):
         build_loader: ``build_loader(prompt=..., sampling_rate=...)`` gives the training batches.
         build_validation_loader: likewise the dev batches.
         validation_params: how the student answers them.
+        validation_task: measures these answers as the evaluation does, ``val/task/...``, beside the reward; or None.
         num_minibatches: optimiser steps per batch of rollouts.
         seed: of the sampling.
     """
@@ -64,6 +75,7 @@ class RBAAlignment(LightningModule):
         controls: Controls, build_loader: Callable, build_validation_loader: Callable,
         validation_params: SamplingParams, num_minibatches: int, seed: int, importance: Importance | None = None,
         representation: RepresentationReward | RepresentationLoss | None = None,
+        validation_task: EvalTask | None = None,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -77,12 +89,13 @@ class RBAAlignment(LightningModule):
         self.source, self.reward, self.advantage, self.objective = source, reward, advantage, objective
         self.controls, self.num_minibatches, self.seed = controls, num_minibatches, seed
         self.importance, self.representation = importance, representation
-        self.validation_params = validation_params
+        self.validation_params, self.validation_task = validation_params, validation_task
         self._teacher = [teacher]  # in a list, and the policy in another: not modules of ours, not in our checkpoints
         self._policy: list[Policy] = []
         self._builders = (build_model, build_policy, build_loader, build_validation_loader)
         self.num_batches = 0
         self._validation: list[dict[str, Tensor]] = []  # each dev batch's rewards
+        self._dev_answers: list[Rollout] = []
         self.start_reward: float | None = None  # on the dev set, before the first step
 
     # ---- the method ------------------------------------------------------------------------------------------------
@@ -92,16 +105,15 @@ class RBAAlignment(LightningModule):
         seed = self.seed * SEEDS_PER_RUN + self.num_batches
         answers = self._represented(batch, respond(self.source, self.policy, batch, self.reward, seed))
         index, rollouts = prompt_index(answers.rollouts), answers.rollouts
-        advantages = torch.zeros_like(answers.rewards)
-        if self.objective.needs_advantages:
-            greedy = partial(self._greedy_rewards, batch)
-            advantages = estimate(self.advantage, answers.rewards, index, parts=answers.parts, greedy=greedy)
+        whole = judge(
+            batch, rollouts, policy=self.policy, objective=self.objective, teacher=self._teacher[0],
+            importance=self.importance,
+        )  # fmt: skip
+        price = kl_price(whole, self.objective) if is_priced(self.objective) else None
+        advantages = self._advantages(batch, answers, price)
         steps = []
-        for minibatch in collate(
-            batch, rollouts, advantages, policy=self.policy, objective=self.objective, teacher=self._teacher[0],
-            importance=self.importance, num_minibatches=self.num_minibatches,
-        ):  # fmt: skip
-            metrics = self._learn(minibatch) | take_step()
+        for minibatch in split(replace(whole, advantages=advantages), self.num_minibatches):
+            metrics = self._update(minibatch, take_step)
             self.controls.after_step(metrics, self.objective, first=not steps)
             steps.append(metrics)
         self.num_batches += 1
@@ -113,7 +125,28 @@ class RBAAlignment(LightningModule):
             described["rollout/resampled"] = answers.num_resampled / len(batch)
         if self.objective.needs_advantages:
             described["rollout/silent_groups"] = silent_share(advantages, index)
+        if price is not None:
+            described["kl/price"] = float(price.mean())
         return _mean(steps) | data_parallel_mean(described)
+
+    def _advantages(self, batch: SpeechBatch, answers: Answers, price: Tensor | None) -> Tensor:
+        """Of every answer (N,), from rewards less the price of its KL, where there is one; 0 where nobody asks."""
+        if not self.objective.needs_advantages:
+            return torch.zeros_like(answers.rewards)
+        rewards, index = answers.rewards if price is None else answers.rewards - price, prompt_index(answers.rollouts)
+        greedy = partial(self._greedy_rewards, batch)
+        return estimate(self.advantage, rewards, index, parts=answers.parts, greedy=greedy)
+
+    def _update(self, minibatch: RolloutBatch, take_step: Callable[[], Metrics]) -> Metrics:
+        """One optimiser step.
+
+        Raises:
+            RunStopped: the gradient is no number; the weights are those of the last good step.
+        """
+        try:
+            return self._learn(minibatch) | take_step()
+        except FloatingPointError as error:
+            raise RunStopped(str(error)) from error
 
     def _greedy_rewards(self, batch: SpeechBatch) -> Tensor:
         """Reward of the student's greedy answer to each prompt (B,), for estimators that compare with it."""
@@ -146,12 +179,22 @@ class RBAAlignment(LightningModule):
             return
         build_model, build_policy, _, _ = self._builders
         self.model = build_model()
-        if self._teacher[0] is not None:
-            check_same_vocabulary(self._teacher[0].vocabulary(), self.model.prompt.vocabulary())
+        self._check_vocabularies()
         keep_start = self.objective.needs_reference or self.representation is not None
         if self.representation is not None:
             self.representation.check_layers(self.model.config.num_layers)
         self._policy.append(build_policy(model=self.model, keep_start=keep_start))
+
+    def _check_vocabularies(self) -> None:
+        """Refuse, with a ``ValueError``, who would read the student's token ids as other words."""
+        readers = {f"reward.parts.{name}: ": words for name, words in self.reward.vocabularies().items()}
+        if self._teacher[0] is not None:
+            readers[""] = self._teacher[0].vocabulary()
+        for where, vocabulary in readers.items():
+            try:
+                check_same_vocabulary(vocabulary, self.model.prompt.vocabulary())
+            except ValueError as error:
+                raise ValueError(f"{where}{error}") from None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return PolicyOptimizer(self.policy, self.controls)
@@ -180,9 +223,10 @@ class RBAAlignment(LightningModule):
         teacher_rewards, _ = self.reward.score(TeacherRollouts()(self.policy, batch, seed=0))
         scores = {"val/reward": rewards, "val/teacher": teacher_rewards}
         self._validation.append(scores | {f"val/{name}": values for name, values in parts.items()})
+        self._dev_answers += rollouts if self.validation_task is not None else []
 
     def on_validation_epoch_end(self) -> None:
-        scores = self._dev_scores()
+        scores = self._dev_scores() | self._task_scores()
         student, teacher = scores["val/reward"], scores["val/teacher"]
         if self.start_reward is None:
             self.start_reward = student
@@ -201,6 +245,16 @@ class RBAAlignment(LightningModule):
         self._validation.clear()
         *totals, count = data_parallel_sum(torch.tensor([*sums, count], dtype=torch.float64)).tolist()
         return {name: total / count for name, total in zip(names, totals, strict=True)}
+
+    def _task_scores(self) -> Metrics:
+        """What the task makes of the dev answers of all data-parallel ranks, by the first of them: judges are paid."""
+        if self.validation_task is None:
+            return {}
+        answers = [answer for share in data_parallel_lists(self._dev_answers) for answer in share]
+        self._dev_answers = []
+        found = [self.validation_task.score(answers)] if data_parallel_rank() == 0 else []
+        (scores,) = data_parallel_lists(found)[0]
+        return {f"val/task/{name}": value for name, value in scores.items()}
 
     def transfer_batch_to_device(self, batch: SpeechBatch, device, dataloader_idx: int) -> SpeechBatch:
         return batch  # the policy moves what it needs
@@ -264,39 +318,3 @@ def _mean(steps: Sequence[Metrics]) -> Metrics:
     """Mean over a batch's optimiser steps; ``health/`` of the first, when the sampler still was the policy."""
     mean = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     return mean | {name: value for name, value in steps[0].items() if name.startswith("health/")}
-
-
-def check_choices(
-    source: RolloutSource, advantage: AdvantageEstimator, objective: Objective, importance: Importance | None = None,
-    representation: RepresentationReward | RepresentationLoss | None = None,
-) -> None:  # fmt: skip
-    """Refuse at setup what could only fail, or silently learn nothing, at the first batch.
-
-    Raises:
-        ValueError: the advantage or the loss compares more answers to a prompt than the source gives, or the advantage
-            asks for greedy answers of a source that samples none, or the loss has no place for importance weights,
-            for a reward or for answers of the teacher.
-    """
-    if isinstance(source, GKDRollouts):
-        source.check(objective)
-    if importance is not None and not (isinstance(objective, PolicyGradientLoss) and source.on_policy):
-        raise ValueError(
-            f"{type(importance).__name__} weighs the tokens of a policy gradient on own answers, but the loss is "
-            f"{type(objective).__name__} on {type(source).__name__}; leave importance out"
-        )
-    if isinstance(representation, RepresentationReward):
-        representation.check(source, advantage, objective)
-    if not objective.needs_advantages:
-        return
-    for choice in (advantage, objective):
-        least = getattr(choice, "min_group_size", 1)
-        if source.group_size < least:
-            raise ValueError(
-                f"{type(choice).__name__} compares {least} or more answers to the same prompt, but "
-                f"rollouts.group_size is {source.group_size}; raise it, or set advantage=none"
-            )
-    if getattr(advantage, "needs_greedy", False) and not source.on_policy:
-        raise ValueError(
-            f"{type(advantage).__name__} compares with the student's greedy answer, but {type(source).__name__} lets "
-            "it write none; set rollouts=policy, or another advantage"
-        )

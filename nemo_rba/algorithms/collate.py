@@ -26,9 +26,18 @@ def collate(
     batch: SpeechBatch, rollouts: Sequence[Rollout], advantages: Tensor, *, policy: Policy, objective: Objective,
     teacher: LikelihoodTeacher | None, num_minibatches: int, importance: Importance | None = None,
 ) -> Iterator[RolloutBatch]:  # fmt: skip
-    """Minibatches of rollouts with every log-probability the objective asks for; whole groups stay together.
+    """Minibatches of rollouts whose ``advantages`` (N,) are known: ``judge``, then ``split``."""
+    whole = judge(batch, rollouts, policy=policy, objective=objective, teacher=teacher, importance=importance)
+    yield from split(dataclasses.replace(whole, advantages=advantages), num_minibatches)
 
-    All log-probabilities are of the policy before this batch's first update, so they are computed here, once.
+
+def judge(
+    batch: SpeechBatch, rollouts: Sequence[Rollout], *, policy: Policy, objective: Objective,
+    teacher: LikelihoodTeacher | None, importance: Importance | None = None,
+) -> RolloutBatch:  # fmt: skip
+    """All rollouts with every log-probability the objective asks for, as yet without advantages and counts.
+
+    The log-probabilities are of the policy before this batch's first update, so they are computed here, once.
     """
     response_ids, mask = pad_sequences([rollout.token_ids for rollout in rollouts], pad_value=0)
     whole = RolloutBatch(
@@ -36,7 +45,7 @@ def collate(
         prompt_index=prompt_index(rollouts),
         response_ids=response_ids,
         response_mask=mask,
-        advantages=advantages,
+        advantages=torch.zeros(len(rollouts)),
         num_loss_tokens=0,
         num_loss_rollouts=0,
     )
@@ -45,6 +54,15 @@ def collate(
         whole = _correct(whole, importance, policy)
     if whole.teacher_logprobs is not None and whole.old_logprobs is not None:
         whole = dataclasses.replace(whole, teacher_baseline=_teacher_baseline(whole))
+    return whole
+
+
+def split(whole: RolloutBatch, num_minibatches: int) -> Iterator[RolloutBatch]:
+    """Minibatches of whole groups, one for each optimiser step, with their counts over all data-parallel ranks.
+
+    Raises:
+        ValueError: there are fewer prompts than minibatches.
+    """
     prompts = whole.prompt_index.unique()
     if num_minibatches > len(prompts):
         raise ValueError(f"num_minibatches is {num_minibatches}, but a batch has only {len(prompts)} prompts; lower it")
@@ -59,13 +77,11 @@ def _logprobs(
     teacher: LikelihoodTeacher | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     fields = {}
-    if objective.needs_old:
-        sampled = all(rollout.logprobs is not None for rollout in rollouts)
-        fields["old_logprobs"] = (
-            pad_sequences([rollout.logprobs for rollout in rollouts], pad_value=0.0)[0]
-            if sampled
-            else policy.logprobs(whole)
-        )
+    if all(rollout.logprobs is not None for rollout in rollouts):
+        sampled = pad_sequences([rollout.logprobs for rollout in rollouts], pad_value=0.0)[0]
+        fields["old_logprobs" if objective.needs_old else "sampler_logprobs"] = sampled
+    elif objective.needs_old:
+        fields["old_logprobs"] = policy.logprobs(whole)
     if objective.needs_reference:
         fields["ref_logprobs"] = policy.logprobs(whole, reference=True)
     if objective.needs_teacher or objective.teacher_topk:

@@ -8,7 +8,8 @@ of own answers scatters less, by the root of the number of prompts in a batch. W
 draw hangs on (seed, instruction id) alone, as sampling does, and the seed on the step; so batch size, order,
 data-parallel layout and resuming change nothing.
 
-What the answers are learned by is the loss: ``jsd``, ``forward_kl``, ``reverse_kl``, or ``distillation``.
+What the answers are learned by is the loss: ``jsd``, ``forward_kl`` or ``reverse_kl``. ``distillation`` learns from the
+teacher's alone: on own answers its gradient is 0 in expectation, and so their share is noise.
 """
 
 import hashlib
@@ -62,7 +63,7 @@ class GKDRollouts:
         if objective.needs_advantages and not self.on_policy:
             raise ValueError(
                 f"{type(objective).__name__} is a policy gradient, and with rollouts.share {self.share} some prompts "
-                "are answered by the teacher alone; choose objective=jsd, forward_kl, reverse_kl or distillation, or "
+                "are answered by the teacher alone; choose objective=jsd, forward_kl or reverse_kl, or "
                 "set rollouts.share=1, or rollouts=mixed for a teacher's answer in each group"
             )
 

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from nemo_rba.algorithms.loss_terms import (
+    KL_REWARDS,
     Metrics,
     answer_mean,
     answers_in_groups,
     check_kl,
     given,
     kl_to_start,
+    logprob_error,
     real,
     require,
+    start_kl,
     token_mean,
 )
-from nemo_rba.functional import group_argmax, group_max, group_softmax, kl_estimate
+from nemo_rba.functional import group_argmax, group_max, group_softmax
 from nemo_rba.types import RolloutBatch
 
 
@@ -35,7 +38,8 @@ class MinimumRiskLoss:
 
     Args:
         sharpness: alpha; 5e-3 in MRT, 1 in MWER. High: the likeliest answer decides, small: all alike.
-        kl_coefficient, kl_estimator: KL to the start model, mean over tokens, see ``ClippedPolicyLoss``; 0 spares it.
+        kl_coefficient, kl_estimator: KL to the start model, in the loss a mean over tokens; 0 spares it. See
+            ``PolicyGradientLoss``.
 
     Raises:
         ValueError: a setting is out of range; advantages are not (N,); a prompt has a single answer.
@@ -43,7 +47,7 @@ class MinimumRiskLoss:
 
     needs_advantages = True
     min_group_size = 2
-    needs_old = needs_teacher = False
+    needs_teacher = False
     teacher_topk = 0
 
     def __init__(self, *, sharpness: float, kl_coefficient: float, kl_estimator: str):
@@ -52,6 +56,7 @@ class MinimumRiskLoss:
         self.sharpness = sharpness
         self.kl_coefficient, self.kl_estimator = kl_coefficient, kl_estimator
         self.needs_reference = kl_coefficient > 0
+        self.needs_old = self.needs_reference and kl_estimator in KL_REWARDS  # the reward pays by it
 
     def __call__(self, logprobs: Tensor, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         advantages, size = answers_in_groups(batch, self)
@@ -65,7 +70,7 @@ class MinimumRiskLoss:
         metrics["loss/risk"] = risk.detach()
         metrics["risk/largest_share"] = answer_mean(group_max(share.detach(), batch.prompt_index), batch)
         metrics["entropy"] = token_mean(-logprobs.detach(), batch)
-        return loss, metrics
+        return loss, metrics | logprob_error(logprobs, batch)
 
 
 class DPOLoss:
@@ -113,6 +118,6 @@ class DPOLoss:
             "dpo/margin": answer_mean(weight * margin.detach(), batch),
             "dpo/accuracy": answer_mean(weight * (margin.detach() > 0), batch),
             "dpo/ties": answer_mean(weight * ~pair, batch),
-            "kl/reference": token_mean(kl_estimate(logprobs.detach(), reference, "k3"), batch),
+            "kl/reference": token_mean(start_kl(logprobs.detach(), reference, "k3"), batch),
             "entropy": token_mean(-logprobs.detach(), batch),
-        }
+        } | logprob_error(logprobs, batch)

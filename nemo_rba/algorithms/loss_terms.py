@@ -16,6 +16,7 @@ from nemo_rba.types import RolloutBatch
 
 AGGREGATIONS = ("token_mean", "sequence_mean")
 KL_LOSSES = ("k2", "k3")  # not k1: its gradient is 0 in expectation, so it would steer nothing
+KL_REWARDS = ("k1_in_reward", "k2_in_reward", "k3_in_reward")  # see ``kl_reward``
 MAX_LOG_RATIO = 20.0  # nats; beyond it rho is far outside of any clip, and exp would go to infinity
 MIN_TAIL = 1e-5  # probability below which the bucket of all other tokens is rounding noise of K >= V
 
@@ -28,12 +29,14 @@ class PolicyGradientLoss:
         A_t  = w (advantage + dense_weight * clamp(log pi_T - log pi_old - baseline, +-dense_clip))    no gradient
         loss = aggregate(surrogate(log pi, log pi_old, A)) + kl_coefficient * KL(pi || pi_ref)
 
-    w is 1, or the weight of ``importance``, whose KL term is not corrected.
+    w is 1, or the weight of ``importance``, whose KL term is not corrected. A KL in the reward is part of the
+    advantage, and no term of the loss.
 
     Args:
         kl_coefficient: weight of the KL to the start model; 0 spares its forward pass. May be changed between steps
             by a controller, but not from 0.
-        kl_estimator: "k2" or "k3", see ``functional.kl_estimate``.
+        kl_estimator: of the KL in the loss "k2" or "k3", see ``functional.kl_estimate``; of the KL in the reward
+            "k1_in_reward", "k2_in_reward" or "k3_in_reward", see ``kl_reward``.
         dense_weight: weight of the teacher's judgement; 0 spares the teacher's forward pass.
         dense_clip: bound on the teacher's log-ratio, in nats.
         aggregation: see ``aggregate``.
@@ -79,8 +82,7 @@ class PolicyGradientLoss:
         metrics["loss/policy"] = policy_loss.detach()
         moved = (logprobs.detach() - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         metrics["kl/old"] = token_mean(kl_estimate(old, old + moved, "k3"), batch)
-        sampler = old if batch.sampler_logprobs is None else batch.sampler_logprobs
-        metrics["health/logprob_error"] = token_mean((logprobs.detach() - sampler).abs(), batch)
+        metrics |= logprob_error(logprobs, batch)
         if clipped is not None:
             metrics["clip_fraction"] = token_mean(clipped.float(), batch)
         metrics["entropy"] = token_mean(-logprobs.detach(), batch)
@@ -105,14 +107,29 @@ class PolicyGradientLoss:
 def kl_to_start(
     logprobs: Tensor, batch: RolloutBatch, objective, *, aggregation: str | int
 ) -> tuple[Tensor, Metrics]:  # fmt: skip
-    """``objective.kl_coefficient`` * KL(pi || pi_ref), by ``objective.kl_estimator``; ``logprobs`` 0 where padded."""
+    """``objective.kl_coefficient`` * KL(pi || pi_ref), by ``objective.kl_estimator``; ``logprobs`` 0 where padded.
+
+    0 where the reward has paid for it, see ``kl_reward``.
+    """
     reference = real(given(batch.ref_logprobs, "ref_logprobs", objective), batch)
-    estimate = kl_estimate(logprobs, reference, objective.kl_estimator)
+    metrics = {"kl/reference": token_mean(start_kl(logprobs.detach(), reference, "k3"), batch)}
+    if objective.kl_estimator in KL_REWARDS:
+        return logprobs.new_zeros(()), metrics
+    estimate = start_kl(logprobs, reference, objective.kl_estimator)
     loss = objective.kl_coefficient * aggregate(estimate, batch, aggregation)
-    return loss, {
-        "loss/kl": loss.detach(),
-        "kl/reference": token_mean(kl_estimate(logprobs.detach(), reference, "k3"), batch),
-    }
+    return loss, {"loss/kl": loss.detach()} | metrics
+
+
+def start_kl(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
+    """``functional.kl_estimate`` to the start model, of any shape, finite where both are.
+
+    k3 grows with pi_ref / pi itself: beyond e^20 a token counts as that much, and has no gradient, as in verl and
+    NeMo-RL, or it would be the whole step. They bound the ratio from below as well, where nothing grows.
+    """
+    log_ratio = reference - logprobs
+    if estimator == "k3":
+        log_ratio = log_ratio.clamp(max=MAX_LOG_RATIO)
+    return kl_estimate(torch.zeros_like(log_ratio), log_ratio, estimator)
 
 
 def aggregate(values: Tensor, batch: RolloutBatch, aggregation: str | int) -> Tensor:
@@ -166,6 +183,12 @@ def answers_in_groups(batch: RolloutBatch, objective: object) -> tuple[Tensor, T
     return batch.advantages, size
 
 
+def logprob_error(logprobs: Tensor, batch: RolloutBatch) -> Metrics:
+    """How far off the sampler was, where the batch tells what it said: the mean of |log pi - log pi_sampler|."""
+    sampler = batch.old_logprobs if batch.sampler_logprobs is None else batch.sampler_logprobs
+    return {} if sampler is None else {"health/logprob_error": token_mean((logprobs.detach() - sampler).abs(), batch)}
+
+
 def candidates(logprobs: Tensor, batch: RolloutBatch, objective: object) -> tuple[Tensor, Tensor]:
     """Student's and teacher's log-probabilities (N, T, K) at the teacher's candidates, safe where padded."""
     teacher = given(batch.teacher_topk_logprobs, "teacher_topk_logprobs", objective)
@@ -184,6 +207,17 @@ def tail(logprobs: Tensor) -> Tensor:
     return (-logprobs.logsumexp(-1).expm1()).clamp(min=MIN_TAIL)
 
 
+def candidate_entropy(student: Tensor, batch: RolloutBatch) -> Tensor:
+    """This microbatch's share of the mean entropy, in nats, of ``student`` (N, T, K), all other tokens as one.
+
+    A lower bound, exact where K covers the vocabulary; policy gradients, which see no other token, have the mean of
+    -log pi over the sampled ones.
+    """
+    student, rest = student.detach(), tail(student.detach())
+    outside = torch.where(rest > MIN_TAIL, rest * rest.log(), 0.0)
+    return token_mean(-(student.exp() * student).sum(-1) - outside, batch)
+
+
 def given(values: Tensor | None, name: str, objective: object) -> Tensor:
     """``values``, which the loop put in the batch.
 
@@ -198,7 +232,8 @@ def given(values: Tensor | None, name: str, objective: object) -> Tensor:
 def check_kl(coefficient: float, estimator: str) -> None:
     """Refuse settings of the KL term that cannot work, with a ``ValueError``."""
     require(coefficient >= 0, "kl_coefficient", coefficient, "0 or more")
-    require(estimator in KL_LOSSES, "kl_estimator", estimator, f"one of {KL_LOSSES} (k1 steers nothing)")
+    expected = f"one of {KL_LOSSES} (k1 steers nothing in the loss), or of {KL_REWARDS}"
+    require(estimator in KL_LOSSES + KL_REWARDS, "kl_estimator", estimator, expected)
 
 
 def check_aggregation(aggregation: str | int) -> None:

@@ -22,7 +22,8 @@ Deltas from the textbook:
 - Padding is set to 0 before any arithmetic, so whatever stands there (inf, nan) gets a gradient of exactly 0.
 - One policy loss covers REINFORCE, RLOO, GRPO, DAPO's clipping and on-policy distillation: what differs between them
   is the advantage (``advantage.py``), the two clip widths, the KL term and the weight of the teacher's judgement.
-- Entropy is estimated as the mean of -log pi over the sampled tokens: no logits come this far.
+- Entropy is the mean of -log pi over the sampled tokens: no logits come this far. Losses for own answers that see the
+  teacher's candidates have that of these and of all other tokens as one.
 
 Shapes: logprobs (N, T), or (N, T, K) for the losses with ``teacher_topk`` = K > 0.
 """
@@ -36,6 +37,7 @@ from nemo_rba.algorithms.loss_terms import (
     MAX_LOG_RATIO,
     MIN_TAIL,
     PolicyGradientLoss,
+    candidate_entropy,
     candidates,
     check_clip,
     real,
@@ -63,7 +65,8 @@ class ClippedPolicyLoss(PolicyGradientLoss):
         clip_high: rho may rise to 1 + clip_high (0.28 in DAPO).
         kl_coefficient: weight of the KL to the start model; 0 spares its forward pass. May be changed between steps
             by a controller, but not from 0.
-        kl_estimator: "k2" or "k3", see ``functional.kl_estimate``.
+        kl_estimator: in the loss "k2" or "k3", in the reward "k1_in_reward", "k2_in_reward" or "k3_in_reward", see
+            ``PolicyGradientLoss``.
         dense_weight: weight of the teacher's judgement; 0 spares the teacher's forward pass.
         dense_clip: bound on the teacher's log-ratio, in nats.
         aggregation: "token_mean" weighs every token alike, "sequence_mean" every answer; a number L divides each
@@ -107,7 +110,8 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float
 class DistillationLoss:
     """Sequence-level distillation (1606.07947): mean negative log-likelihood, per token, of the teacher's answers.
 
-    The baseline of every claim: with ``TeacherRollouts`` this is supervised fine-tuning on the teacher's words.
+    The baseline of every claim: with ``TeacherRollouts`` this is supervised fine-tuning on the teacher's words. On the
+    student's own samples its gradient is 0 in expectation, so the loop refuses them.
     """
 
     needs_advantages = needs_old = needs_reference = needs_teacher = False
@@ -122,7 +126,7 @@ class ForwardKLLoss:
     """Token-level distillation: KL(teacher || student), mean over tokens, mass-covering.
 
     Over the teacher's ``teacher_topk`` likeliest tokens, and all others as one bucket: a lower bound of the full KL,
-    and exact when K covers the vocabulary (the teacher clips K to V).
+    and exact when K is the size of the vocabulary, the most a teacher gives.
     """
 
     needs_advantages = needs_old = needs_reference = needs_teacher = False
@@ -159,7 +163,7 @@ class ReverseKLLoss:
         head = (student.exp() * (student - teacher)).sum(-1)
         rest = student_tail * (student_tail.log() - teacher_tail.log())
         loss = token_mean(head + torch.where(student_tail > MIN_TAIL, rest, 0.0), batch)
-        return loss, {"loss/reverse_kl": loss.detach()}
+        return loss, {"loss/reverse_kl": loss.detach(), "entropy": candidate_entropy(student, batch)}
 
 
 class GeneralizedJSDLoss:
@@ -197,4 +201,4 @@ class GeneralizedJSDLoss:
             head = (part.exp() * (part - mixture)).sum(-1)
             values = values + weight * (head + torch.where(rest > MIN_TAIL, rest * (rest.log() - mixture_tail), 0.0))
         loss = token_mean(values, batch)
-        return loss, {"loss/jsd": loss.detach()}
+        return loss, {"loss/jsd": loss.detach(), "entropy": candidate_entropy(student, batch)}

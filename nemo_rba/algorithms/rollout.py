@@ -18,7 +18,18 @@ from nemo_rba.types import Rollout, SamplingParams, SpeechBatch
 
 
 class PolicyRollouts:
-    """G answers of the student itself to each spoken prompt."""
+    """G answers of the student itself to each spoken prompt.
+
+    Args:
+        group_size: G.
+        max_new_tokens: the longest answer.
+        temperature, top_p: 1 samples the policy itself. Others sample something else, which no importance weight
+            corrects: log-probabilities are those of the policy as it is (``types``), where verl, NeMo-RL and TRL divide
+            their logits by the temperature, and so learn the policy at that temperature.
+
+    Raises:
+        ValueError: a setting is out of range, or all answers of a group would be equal.
+    """
 
     on_policy = True
     num_unfinished = 0  # a truncated answer is an answer
@@ -81,7 +92,10 @@ class MixedRollouts:
     """G - 1 answers of the student, and the teacher's stored one as the last of the group: a mixed policy (2504.14945).
 
     The teacher's answer is compared with the student's own and learned from like them; its ``old_logprobs`` are the
-    student's. With ``reward=spin`` and the DPO loss this is SPIN (2401.01335): the teacher's answer is to be preferred.
+    student's. 2504.14945 has no clip there, and weighs a teacher's token by f(pi), f(x) = x / (x + 0.1).
+    With ``reward=spin`` and the DPO loss this is SPIN (2401.01335): the teacher's answer is to be preferred. The
+    opponent is today's student and the reference the start model; SPIN takes the last iteration's for both, so that a
+    new run from an aligned model is its next iteration.
 
     Args:
         group_size: G, the teacher's answer included.

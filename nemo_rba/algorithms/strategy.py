@@ -45,6 +45,13 @@ class MegatronStrategy(DDPStrategy):
     def _setup_model(self, model):
         return model
 
+    def teardown(self) -> None:
+        """As Lightning's, but the model stays on its GPU: its best checkpoint is read, and gathered, after the fit."""
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
     # ---- checkpoints: a folder where Lightning thinks of a file, under the name that NeMo's callback looks for -------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

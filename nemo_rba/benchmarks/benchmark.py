@@ -37,6 +37,7 @@ class Benchmark(Protocol):
 
     name: str
     counts: Counter[str]  # reason -> items skipped by the last iteration
+    measure: Mapping[str, Any]  # how it is scored: "evaluation", a name of conf/evaluation, and what its "task" changes
 
     def __iter__(self) -> Iterator[Utterance]:
         """The usable items, read one by one."""
@@ -47,6 +48,7 @@ class TextBenchmark(Protocol):
 
     name: str
     counts: Counter[str]
+    measure: Mapping[str, Any]
 
     def __iter__(self) -> Iterator[Instruction]:
         """The usable items, read one by one."""

@@ -4,7 +4,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_rba.benchmarks import tables
 from nemo_rba.benchmarks.audio import read_embedded
@@ -38,6 +38,7 @@ class AlpacaEval:
     """
 
     name = "alpaca_eval"
+    measure: ClassVar = {"evaluation": "win_rate"}
     _columns = ("instruction", "output", "generator", "dataset")
 
     def __init__(self, *, folder: str, subset: str):
@@ -74,6 +75,7 @@ class IFEval:
     """
 
     name = "ifeval"
+    measure: ClassVar = {"evaluation": "ifeval"}
     _columns = ("key", "prompt", "instruction_id_list", "kwargs")
 
     def __init__(self, *, folder: str):
@@ -115,6 +117,7 @@ class SpokenAlpaca:
     """
 
     name = "spoken_alpaca"
+    measure: ClassVar = {"evaluation": "judge"}
     _columns = ("speech_input", "output", "input_audio")
 
     def __init__(self, *, folder: str, num_items: int | None, sampling_rate: int, seed: int):

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_rba.benchmarks import tables
 from nemo_rba.benchmarks.audio import read_file
@@ -36,6 +36,7 @@ class LlamaQuestions:
     """
 
     name = "llama_questions"
+    measure: ClassVar = {"evaluation": "spoken_qa"}
 
     def __init__(self, *, folder: str, sampling_rate: int):
         self._folder, self._sampling_rate = Path(folder), sampling_rate
@@ -108,6 +109,7 @@ class OpenAudioBench:
     def __init__(self, *, folder: str, subset: str, sampling_rate: int):
         require_choice(self.name, "subset", subset, self.subsets)
         self._subset, self._sampling_rate, self._columns = subset, sampling_rate, self.subsets[subset]
+        self.measure = {"evaluation": "win_rate" if self._columns.baseline else "spoken_qa"}
         place, origin = Path(folder) / "eval_datas" / subset, "baichuan-inc/OpenAudioBench"
         index, self._audios = place / f"{subset}.csv", place / "audios"
         require_files(self.name, Path(folder), [index], origin)
@@ -148,6 +150,7 @@ class _TypedQuestions:
     """What sets of typed questions in parquet files share: ``<folder>/<_part>/<split>-*.parquet``."""
 
     name: str
+    measure: ClassVar = {"evaluation": "spoken_qa"}
     _origin: str
     _part: str
     _splits: tuple[str, ...]

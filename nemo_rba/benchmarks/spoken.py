@@ -34,7 +34,7 @@ class Spoken:
     def __init__(
         self, *, benchmark: TextBenchmark, tts: TTS, spoken_form: SpokenForm | None, num_items: int | None, seed: int
     ):
-        self.name = benchmark.name
+        self.name, self.measure = benchmark.name, benchmark.measure
         self.counts: Counter[str] = Counter()
         self._benchmark, self._tts, self._spoken_form = benchmark, tts, spoken_form
         self._num_items, self._seed = num_items, seed

@@ -76,6 +76,7 @@ class CoVoST2:
         require_choice(self.name, "split", split, ("test", "dev", "train"))
         self._source, self._target, self._split = source_language, target_language, split
         self._context, self._sampling_rate = _request(self.name, context, target_name), sampling_rate
+        self.measure = {"evaluation": "translation", "task": {"target_language": target_language}}
         self._clips = Path(folder) / "clips"
         self._items = self._read_items(Path(folder))
         clips = [self._clips / row["path"] for row in self._items]
@@ -139,6 +140,7 @@ class Fleurs:
         require_choice(self.name, "split", split, ("test", "dev", "train"))
         self._source, self._target, self._split = source_language, target_language, split
         self._context, self._sampling_rate = _request(self.name, context, target_name), sampling_rate
+        self.measure = {"evaluation": "translation", "task": {"target_language": target_language}}
         self._audios, origin = Path(folder) / source_language / split, "lhotse download fleurs"
         index = [Path(folder) / "metadata" / code / f"{split}.tsv" for code in (source_language, target_language)]
         require_files(self.name, Path(folder), index, origin)
@@ -200,6 +202,7 @@ class MustC:
         require_choice(self.name, "split", split, ("tst-COMMON", "tst-HE", "dev", "train"))
         self._target, self._split = target_language, split
         self._context, self._sampling_rate = _request(self.name, context, target_name), sampling_rate
+        self.measure = {"evaluation": "translation", "task": {"target_language": target_language}}
         place, origin = Path(folder) / f"en-{target_language}" / "data" / split, "MuST-C, unpacked"
         self._audios = place / "wav"
         index = [place / "txt" / f"{split}.{suffix}" for suffix in ("yaml", "en", target_language)]

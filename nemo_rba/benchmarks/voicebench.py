@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_rba.benchmarks import tables
 from nemo_rba.benchmarks.audio import read_embedded, read_file
@@ -48,6 +48,11 @@ SPLITS = {
     "sd-qa": REGIONS,
     "mmsu": DOMAINS,
 }  # fmt: skip
+MEASURES = {
+    **dict.fromkeys(SPLITS, "judge"),
+    **dict.fromkeys(("openbookqa", "mmsu"), "multiple_choice"),
+    **{"sd-qa": "spoken_qa", "ifeval": "ifeval", "advbench": "refusal", "bbh": "bbh"},
+}
 LETTERS = ("A", "B", "C", "D")
 _COLUMNS = {
     **dict.fromkeys(SPLITS, ("audio", "prompt")),
@@ -92,6 +97,7 @@ class VoiceBench:
         for split in splits:
             require_choice(self.name, f"splits ({subset})", split, SPLITS[subset])
         self._subset, self._sampling_rate = subset, sampling_rate
+        self.measure = {"evaluation": MEASURES[subset]}
         place = Path(folder) / subset
         self._shards = {s: tables.find_shards(place, s, ".parquet") for s in splits or SPLITS[subset]}
         files = [path for shards in self._shards.values() for path in shards]
@@ -192,6 +198,7 @@ class SpeechIFEval:
     """
 
     name = "speech_ifeval"
+    measure: ClassVar = {"evaluation": "ifeval"}
     subsets = ("closed_ended_questions", "closed_ended_questions-woprompt", "creative_writing", "chain-of-thought")
     _columns = ("audio_filepath", "textual_audio", "instruction", "dataset", "metric")
 

@@ -51,6 +51,7 @@ def write_benchmark(benchmark: Benchmark, folder: Path, *, shard_size: int, audi
     draft.rmdir()
     summary = {
         "name": benchmark.name,
+        "measure": dict(benchmark.measure),
         "items": tasks.total(),
         "seconds": round(seconds, 2),
         "tasks": dict(sorted(tasks.items())),
@@ -75,4 +76,6 @@ def render(summary: Mapping[str, Any]) -> str:
         *((f"task {task}", str(count)) for task, count in summary["tasks"].items()),
     ]
     width = max(len(label) for label, _ in rows)
-    return "\n".join([summary["name"], *(f"  {label:<{width}}  {value:>8}" for label, value in rows)])
+    measure = summary.get("measure")  # folders of an earlier version name none
+    head = f"{summary['name']}, evaluation={measure['evaluation']}" if measure else summary["name"]
+    return "\n".join([head, *(f"  {label:<{width}}  {value:>8}" for label, value in rows)])

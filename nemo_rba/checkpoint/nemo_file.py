@@ -50,7 +50,7 @@ class SafeSaveRestoreConnector(SaveRestoreConnector):
             override_config_path = OmegaConf.create(config | self._settings)
         try:
             return super().load_config_and_state_dict(calling_cls, restore_path, override_config_path, *args, **kwargs)
-        except _UnreadableWeights as error:
+        except (_UnreadableWeights, ValueError) as error:  # a ValueError: the model cannot be built as the file says
             raise ValueError(f"{restore_path}: {error}") from error
         finally:
             calling_cls._set_model_restore_state(is_being_restored=False)

@@ -33,6 +33,7 @@ def metadata() -> dict:
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,  # by gloo, to one rank: no GPU memory, half the host's
     }
 
 

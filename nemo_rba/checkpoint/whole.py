@@ -2,6 +2,7 @@
 """A model's state dict as one process would have it, from any layout and into any layout: what a ``.nemo`` holds.
 
 Names and shapes are those of one process: layers by their global number, tensors unsharded, tied embeddings once.
+Transformer Engine keeps two norms of a layer elsewhere than megatron's own layers do; both write the latter's names.
 """
 
 from collections.abc import Mapping
@@ -16,14 +17,21 @@ from nemo_rba.conversion.mapping import shard, unshard
 from nemo_rba.distributed import parallel, pipeline
 
 _EMBEDDINGS, _OUTPUT = "llm.embedding.word_embeddings.weight", "llm.output_layer.weight"
+_PLAIN_NAMES = {  # Transformer Engine has a norm inside the linear layer that follows it
+    "decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.{}.input_layernorm.weight",
+    "decoder.layers.{}.mlp.linear_fc1.layer_norm_weight": "decoder.layers.{}.pre_mlp_layernorm.weight",
+}
 
 
 def _local_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Global name -> this rank's tensor or parameter; what is not a tensor (empty extra states) is left out."""
+    """Global name -> this rank's tensor or parameter.
+
+    Extra states are left out: None in megatron's layers, a tensor without elements in Transformer Engine's.
+    """
     parameters = dict(model.named_parameters())
     found = {}
     for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not name.endswith("_extra_state"):
             found[_whole_name(model, name)] = parameters.get(name, value)
     if model.share_embeddings_and_output_weights:
         found.pop(_OUTPUT, None)
@@ -34,7 +42,7 @@ def _whole_name(model: nn.Module, name: str) -> str:
     if not name.startswith("llm."):
         return name
     template, layer = global_name(model.llm, name.removeprefix("llm."))
-    return "llm." + template.format(layer)
+    return "llm." + _PLAIN_NAMES.get(template, template).format(layer)
 
 
 @torch.no_grad()
@@ -50,7 +58,7 @@ def gather_state(model: nn.Module) -> dict[str, Tensor]:
         for name in names:
             full = None
             if stage == here:
-                value, slices = tensors[name].detach().contiguous(), None
+                value, slices = tensors[name].detach().to(parallel.device()).contiguous(), None  # NCCL has no CPU
                 if tp_size > 1 and getattr(tensors[name], "tensor_model_parallel", False):
                     slices = [torch.empty_like(value) for _ in range(tp_size)]
                     dist.all_gather(slices, value, group=tp_group)

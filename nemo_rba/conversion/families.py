@@ -33,17 +33,20 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     if config.model_type not in FAMILIES:
         raise ValueError(f"architecture {config.model_type!r} is not supported; expected one of {sorted(FAMILIES)}")
-    options = config.to_dict()
+    options, rope = config.to_dict(), _rope(config)
     refused = {
         "hidden_act": options["hidden_act"] != "silu",
         "attention_bias": bool(options.get("attention_bias")),
         "mlp_bias": bool(options.get("mlp_bias")),
         "sliding_window": bool(options.get("sliding_window")) and bool(options.get("use_sliding_window", True)),
-        "rope_type": _rope(config)["rope_type"] not in ("default", "llama3"),
-        "partial_rotary_factor": _rope(config).get("partial_rotary_factor", 1.0) != 1.0,
+        "layer_types": any(kind != "full_attention" for kind in options.get("layer_types") or ()),
+        "rope_parameters": any(isinstance(value, dict) for value in rope.values()),  # by layer type
+        "rope_type": rope["rope_type"] not in ("default", "llama3"),
+        "partial_rotary_factor": (options.get("partial_rotary_factor") or rope.get("partial_rotary_factor", 1.0))
+        != 1.0,
         "quantization_config": bool(options.get("quantization_config")),
     }
-    wrong = [f"{name}={options.get(name, _rope(config).get(name))!r}" for name, bad in refused.items() if bad]
+    wrong = [f"{name}={options.get(name, rope.get(name))!r}" for name, bad in refused.items() if bad]
     if wrong:
         raise ValueError(f"{config.model_type} with {', '.join(wrong)} is not supported by this conversion")
     return FAMILIES[config.model_type]

@@ -2,7 +2,7 @@
 """Language-model weights between Hugging Face folders and a megatron GPTModel, one tensor at a time."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -10,11 +10,15 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from nemo_rba.conversion.families import FAMILIES, family_of, head_layout, rules, with_rope
+from nemo_rba.conversion.families import FAMILIES, family_of, head_layout, old_rope_keys, rules, with_rope
 from nemo_rba.conversion.mapping import Read, shard, unshard
+from nemo_rba.conversion.safetensors_file import DTYPES
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TYPES = {name: dtype for dtype, name in DTYPES.items()}
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class SafetensorsFolder:
@@ -43,11 +47,11 @@ class SafetensorsFolder:
     def _read_index(self) -> dict[str, str]:
         try:
             files = dict(json.loads((self.folder / _INDEX).read_text())["weight_map"])
+            lost = sorted(
+                {file for file in files.values() if Path(file).name != file or not (self.folder / file).is_file()}
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder / _INDEX} is no safetensors index with a weight_map: {error!r}") from error
-        lost = sorted(
-            {file for file in files.values() if Path(file).name != file or not (self.folder / file).is_file()}
-        )
         if lost:
             raise ValueError(f"{self.folder / _INDEX} names {lost}, not in this folder; is the download complete?")
         return files
@@ -70,6 +74,17 @@ class SafetensorsFolder:
         """Shape of a tensor, from its file's header."""
         return tuple(self._handle(name).get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, from its file's header.
+
+        Raises:
+            ValueError: a type that weights are not stored in, as those of quantized models.
+        """
+        stored = self._handle(name).get_slice(name).get_dtype()
+        if stored not in _TYPES:
+            raise ValueError(f"{self.folder}: tensor {name!r} is {stored}, expected one of {sorted(_TYPES)}")
+        return _TYPES[stored]
+
     def __call__(self, name: str) -> Tensor:
         return self._handle(name).get_tensor(name)
 
@@ -89,6 +104,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")
     return values
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write a JSON object as Hugging Face does, to be read by people too."""
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load_hf_config(folder: str | Path) -> PretrainedConfig:
@@ -113,6 +133,27 @@ def expected_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def compare_shapes(found: Shapes, expected: Shapes, what: str) -> None:
+    """Compare the tensors of a checkpoint with those that its config asks for.
+
+    Raises:
+        ValueError: ``what``, and which are missing, unexpected or of another shape.
+    """
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(f"{what}: {len(missing)} missing {missing[:5]}, {len(extra)} unexpected {extra[:5]}")
+    wrong = [f"{name} {found[name]}, expected {shape}" for name, shape in expected.items() if found[name] != shape]
+    if wrong:
+        raise ValueError(f"{what}: {len(wrong)} tensors have another shape: {'; '.join(wrong[:5])}")
+
+
+def config_values(config: PretrainedConfig, dtype: torch.dtype) -> dict:
+    """``config.json`` of a language model, as transformers 4 and 5 read it; vLLM's plug-in wants ``architectures``."""
+    values = config.to_diff_dict() | old_rope_keys(config) | {"dtype": str(dtype).removeprefix("torch.")}
+    values.pop("_name_or_path", None)
+    return values | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]}
 
 
 def global_name(gpt: nn.Module, name: str) -> tuple[str, int]:

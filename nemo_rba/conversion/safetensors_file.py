@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-_DTYPES = {
+DTYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
@@ -25,7 +25,7 @@ def create(path: Path, layout: Layout) -> None:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
         end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -45,7 +45,7 @@ def fill(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
         for name, tensor in tensors:
-            found = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+            found = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
             place = header.get(name, {})
             if any(place.get(key) != value for key, value in found.items()):
                 raise ValueError(f"{path}: tensor {name!r} is {found}, expected {place or 'no such tensor'}")

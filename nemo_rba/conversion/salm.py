@@ -10,11 +10,10 @@ it from anywhere, NeMo's vLLM plug-in and the SALM of NeMo 2.7.3 when started in
 transformers 4 and looks for the tokenizer in ``llm_backbone``: rotary names of both kinds and a second copy are there.
 """
 
-import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +23,19 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from nemo_rba.conversion import safetensors_file
-from nemo_rba.conversion.families import old_rope_keys
 from nemo_rba.conversion.foreign import refuse_foreign_code
-from nemo_rba.conversion.hf import SafetensorsFolder, expected_tensors, load_hf_config, read_json
+from nemo_rba.conversion.hf import (
+    SafetensorsFolder,
+    Shapes,
+    compare_shapes,
+    config_values,
+    expected_tensors,
+    load_hf_config,
+    read_json,
+    write_json,
+)
+from nemo_rba.conversion.tokenizer_files import TOKENIZER_FILES, for_both_versions
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _NEEDED = ("perception", "prompt_format", "audio_locator_tag")
 _EMBEDDINGS, _TIED_COPY, _PERCEPTION = "embed_tokens.weight", "llm.lm_head.weight", "perception."
 _FIXED = {
@@ -48,7 +55,6 @@ _PLAIN_LORA = frozenset(
 )  # fmt: skip
 _LORA_DEFAULTS = {"bias": "none", "qalora_group_size": 16, "runtime_config": {"ephemeral_gpu_offload": False}}
 _PEFT, _FACTOR = "llm.base_model.model.", re.compile(r".+(\.lora_([AB])\.default)\.weight")
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class MergedLoRA:
@@ -118,6 +124,10 @@ class MergedLoRA:
         """Shape of a tensor, from its file's header."""
         return self._stored.shape(self._base.get(name, name))
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, from its file's header."""
+        return self._stored.dtype(self._base.get(name, name))
+
     def __call__(self, name: str) -> Tensor:
         base = self._stored(self._base.get(name, name))
         if name not in self._factors:
@@ -139,6 +149,10 @@ class SALMFolder:
         """A tensor of the language model by its Hugging Face name."""
         return self.weights(_salm_name(hf_name))
 
+    def llm_dtype(self, hf_name: str) -> torch.dtype:
+        """Type of a tensor of the language model, without reading it."""
+        return self.weights.dtype(_salm_name(hf_name))
+
     def perception_state(self) -> dict[str, Tensor]:
         """State dict of NeMo's AudioPerceptionModule."""
         return {key.removeprefix(_PERCEPTION): self.weights(key) for key in self._perception_names()}
@@ -150,7 +164,7 @@ class SALMFolder:
             ValueError: a tensor is missing, unexpected or of another shape.
         """
         found = {key.removeprefix(_PERCEPTION): self.weights.shape(key) for key in self._perception_names()}
-        _compare(found, expected, f"{self.folder}: the perception weights do not fit config.json")
+        compare_shapes(found, expected, f"{self.folder}: the perception weights do not fit config.json")
 
     def _perception_names(self) -> list[str]:
         return [key for key in self.weights.names() if key.startswith(_PERCEPTION)]
@@ -173,8 +187,13 @@ def open_salm(folder: str | Path) -> SALMFolder:
     missing = [key for key in _NEEDED if not config.get(key)]
     if missing:
         raise ValueError(f"{folder / 'config.json'} lacks {missing}; is it a NeMo SALM checkpoint?")
+    if seconds := config.get("encoder_chunk_size_seconds"):
+        raise ValueError(
+            f"{folder / 'config.json'} has encoder_chunk_size_seconds = {seconds}, but here a clip is "
+            "encoded whole. Remove the key if no clip is longer than that"
+        )
     refuse_foreign_code(config["perception"], f"{folder / 'config.json'}: perception")
-    absent = [name for name in _TOKENIZER_FILES if not (folder / name).is_file()]
+    absent = [name for name in TOKENIZER_FILES if not (folder / name).is_file()]
     if absent:
         raise ValueError(f"{folder} lacks {absent}: write the tokenizer beside the weights (save_pretrained)")
     llm_config = load_hf_config(folder / "llm_backbone")
@@ -201,16 +220,7 @@ def _check_llm(salm: SALMFolder) -> None:
             f"{salm.folder}: {_TIED_COPY} differs from {_EMBEDDINGS}, but llm_backbone/config.json has "
             "tie_word_embeddings: true; set it to false"
         )
-    _compare(found, expected, f"{salm.folder}: the weights do not fit llm_backbone/config.json")
-
-
-def _compare(found: Shapes, expected: Shapes, what: str) -> None:
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or extra:
-        raise ValueError(f"{what}: {len(missing)} missing {missing[:5]}, {len(extra)} unexpected {extra[:5]}")
-    wrong = [f"{name} {found[name]}, expected {shape}" for name, shape in expected.items() if found[name] != shape]
-    if wrong:
-        raise ValueError(f"{what}: {len(wrong)} tensors have another shape: {'; '.join(wrong[:5])}")
+    compare_shapes(found, expected, f"{salm.folder}: the weights do not fit llm_backbone/config.json")
 
 
 @torch.no_grad()
@@ -265,10 +275,8 @@ def _write_small_files(
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted export
     (folder / "llm_backbone").mkdir(parents=True)
-    backbone = llm_config.to_diff_dict() | old_rope_keys(llm_config) | {"dtype": str(dtype).removeprefix("torch.")}
-    backbone.pop("_name_or_path", None)
-    for name, values in {"config.json": _FIXED | settings, "llm_backbone/config.json": backbone}.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
-    for name, content in tokenizer.items():
+    write_json(folder / "config.json", _FIXED | settings)
+    write_json(folder / "llm_backbone" / "config.json", config_values(llm_config, dtype))
+    for name, content in for_both_versions(tokenizer).items():
         for place in (folder, folder / "llm_backbone"):
             (place / name).write_bytes(content)

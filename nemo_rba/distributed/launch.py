@@ -6,7 +6,6 @@ evaluation run in them too.
 """
 
 import os
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,8 +19,6 @@ from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessS
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from nemo_rba.distributed import cpu, parallel
-
-TIMEOUT = timedelta(hours=1)  # of one collective: ranks wait for the first one's teacher, and for slow disks
 
 
 def launch(*, devices: int, num_nodes: int, tensor_parallel_size: int, pipeline_parallel_size: int, seed: int) -> None:
@@ -93,5 +90,5 @@ def _connect(environment: ClusterEnvironment, devices: int, num_nodes: int) -> N
         torch.cuda.set_device(environment.local_rank())
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo", rank=environment.global_rank(), world_size=devices * num_nodes,
-        timeout=TIMEOUT,
+        timeout=parallel.TIMEOUT,
     )  # fmt: skip

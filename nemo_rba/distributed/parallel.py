@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Process groups, ranks and seeds: the one place that asks who this process is."""
 
+import os
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from nemo_rba.distributed import cpu
+
+TIMEOUT = timedelta(hours=1)  # of one collective: ranks wait for the first one's teacher, and for slow disks
 
 
 def initialize(*, tensor_parallel_size: int, pipeline_parallel_size: int, seed: int) -> None:
@@ -16,13 +20,17 @@ def initialize(*, tensor_parallel_size: int, pipeline_parallel_size: int, seed: 
     A process that no launcher started becomes a world of one, without touching a port.
 
     Raises:
-        ValueError: the world does not divide by the model-parallel size, or groups of another size exist already.
+        ValueError: a size is no number of ranks, the world does not divide by the model-parallel size, or groups of
+            another size exist already.
     """
+    check_sizes(tensor_parallel_size, pipeline_parallel_size)
     cpu.install()
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if dist.is_torchelastic_launched():
-            dist.init_process_group(backend)
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group(backend, timeout=TIMEOUT)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     world, model_parallel = dist.get_world_size(), tensor_parallel_size * pipeline_parallel_size
@@ -36,9 +44,22 @@ def initialize(*, tensor_parallel_size: int, pipeline_parallel_size: int, seed: 
         _check_existing(tensor_parallel_size, pipeline_parallel_size)
         return
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel_size, pipeline_model_parallel_size=pipeline_parallel_size
+        tensor_model_parallel_size=tensor_parallel_size,
+        pipeline_model_parallel_size=pipeline_parallel_size,
+        distributed_timeout_minutes=TIMEOUT // timedelta(minutes=1),  # megatron's own is half an hour
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def check_sizes(tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    """Refuse what is no number of ranks.
+
+    Raises:
+        ValueError: a size is not a whole number, or below 1.
+    """
+    for name, size in (("tensor", tensor_parallel_size), ("pipeline", pipeline_parallel_size)):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"model.{name}_model_parallel_size is {size!r}; expected a whole number of at least 1")
 
 
 def _check_existing(tensor_parallel_size: int, pipeline_parallel_size: int) -> None:

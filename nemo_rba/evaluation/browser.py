@@ -25,6 +25,7 @@ from nemo_rba.evaluation.results import Roles
 from nemo_rba.evaluation.runner import Prediction
 
 FILE_NAME = "samples.html"
+FIELDS = ("id", "family", "kind", "speaker", "context", "text", "reference")  # what all answers to an item share
 
 
 def choose_items(
@@ -32,9 +33,9 @@ def choose_items(
 ) -> dict[str, list[str]]:  # fmt: skip
     """Which items can be heard: condition -> ids, ``num_items`` in all, shared out evenly over the conditions.
 
-    In each condition in turn one item on which the first arm's score rose above the start's, one on which it fell below
-    and one on which it stayed, as long as there are such. Order is drawn by (seed, id) alone, so conditions made of the
-    same set tend to have the same items.
+    In each condition in turn one item on which the first arm's score rose above the start's (or the teacher's, where
+    there is no start), one on which it fell below and one on which it stayed, as long as there are such. Order is drawn
+    by (seed, id) alone, so conditions made of the same set tend to have the same items.
 
     Args:
         predictions: of the conditions that are heard; leave typed ones out.
@@ -49,7 +50,7 @@ def choose_items(
     for place, name in enumerate(names):
         before, after = (
             {p.id: _score(p) for p in predictions if p.task == name and p.system == roles.seeds(label)[0]}
-            for label in (roles.start, roles.arms[0])
+            for label in (roles.bounds[0], roles.arms[0])
         )
         ids = dict.fromkeys(prediction.id for prediction in predictions if prediction.task == name)
         ids = sorted(ids, key=lambda id: random.Random(f"{seed}/{id}").random())
@@ -99,7 +100,7 @@ def write_browser(
         "title": title,
         "identity": dict(identity),
         "systems": [{"name": name, "label": _label(name, roles)} for name in systems],
-        "first": systems.index(roles.seeds(roles.start)[0]),
+        "first": systems.index(roles.seeds(roles.bounds[0])[0]),
         "second": systems.index(roles.seeds(roles.arms[0])[0]),
         "conditions": [{"name": name, "measure": measure} for name, measure in measures.items()],
         "items": list(items.values()),
@@ -125,7 +126,7 @@ def _items(predictions: Sequence[Prediction], roles: Roles) -> dict[tuple[str, s
             (prediction.task, prediction.id),
             {
                 "condition": conditions[prediction.task],
-                **{key: getattr(prediction, key) for key in ("id", "family", "kind", "context", "text", "reference")},
+                **{key: getattr(prediction, key) for key in FIELDS},
                 "answers": [None] * len(places),
                 "sound": None,
             },

@@ -25,12 +25,13 @@ PAGE = """<!doctype html>
 <form id="controls" role="search" aria-label="Choose items">
 <label class="wide">Search <input id="search" name="q" type="search" autocomplete="off" spellcheck="false"
  placeholder="words, &quot;a phrase&quot;" aria-describedby="search-hint"></label>
-<p class="hint" id="search-hint">In what was said and heard, in answers and ids; all words must occur.
+<p class="hint" id="search-hint">In what was said and heard, in answers, voices and ids; all words must occur.
  Key: <kbd>/</kbd></p>
 <details id="filters" open><summary>Filters and order</summary>
 <label>Condition <select name="condition"></select></label>
 <label>Kind <select name="kind"></select></label>
 <label>Family <select name="family"></select></label>
+<label>Voice <select name="speaker"></select></label>
 <fieldset><legend>Two systems</legend>
 <label>A <select name="a"></select></label>
 <label>B <select name="b"></select></label>
@@ -93,7 +94,8 @@ button:hover { background: #eaecef; }
 #items { list-style: none; margin: 0; padding: 0; }
 #items > li { max-width: none; padding: 1.1rem 0 1.3rem; border-top: 1px solid var(--line); }
 #items h3 { font-size: 1.1rem; line-height: 1.35; margin: 0; overflow-wrap: anywhere; }
-.meta, .context { margin: .15rem 0 .5rem; color: var(--soft); font-size: .85rem; max-width: none; }
+.meta, .context { margin: .15rem 0 .5rem; color: var(--soft); font-size: .85rem; max-width: none;
+       overflow-wrap: anywhere; }
 .sound { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; margin: .5rem 0 .8rem; }
 .sound audio { width: 17rem; max-width: 100%; }
 .sound img { width: 24rem; }

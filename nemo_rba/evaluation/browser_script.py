@@ -11,6 +11,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const form = document.getElementById("controls"), list = document.getElementById("items");
 const more = document.getElementById("more"), count = document.getElementById("count");
 const STEP = 25;
+const GROUPS = ["kind", "family", "speaker"];
 const CHANGES = [["", "all"], ["better", "B better"], ["worse", "B worse"], ["same", "same score"],
                  ["words", "other words"]];
 let state = {}, terms = [], shown = [], drawn = 0;
@@ -56,7 +57,7 @@ function difficulty(item) {
 
 function haystack(item) {
   const heard = (answer) => (answer.heard || []).filter(([how]) => how !== "-").map(([, words]) => words).join(" ");
-  const parts = [item.id, item.text, item.context, item.reference];
+  const parts = [item.id, item.speaker, item.text, item.context, item.reference];
   for (const answer of item.answers) if (answer) parts.push(answer.response, heard(answer));
   return parts.join("\n").toLowerCase();
 }
@@ -69,6 +70,7 @@ const TESTS = {
   condition: (item) => state.condition === "" || item.condition === Number(state.condition),
   kind: (item) => state.kind === "" || item.kind === state.kind.slice(1),
   family: (item) => state.family === "" || item.family === state.family.slice(1),
+  speaker: (item) => state.speaker === "" || item.speaker === state.speaker.slice(1),
   change: (item) => fits(item, state.change),
   sound: (item) => !state.sound || item.sound !== null,
 };
@@ -82,15 +84,15 @@ function fits(item, wanted) {
 function readForm() {
   const given = new FormData(form);
   state = {q: given.get("q").trim(), condition: given.get("condition"), kind: given.get("kind"),
-           family: given.get("family"), a: Number(given.get("a")), b: Number(given.get("b")),
-           change: given.get("change") || "", sort: given.get("sort"), sound: given.has("sound"),
-           pair: given.has("pair")};
+           family: given.get("family"), speaker: given.get("speaker"), a: Number(given.get("a")),
+           b: Number(given.get("b")), change: given.get("change") || "", sort: given.get("sort"),
+           sound: given.has("sound"), pair: given.has("pair")};
   terms = (state.q.toLowerCase().match(/"[^"]+"|[^\s"]+/g) || []).map((term) => term.replaceAll('"', ""));
 }
 
 function update() {
   readForm();
-  const counts = {condition: {}, kind: {}, family: {}, change: {}, sound: 0};
+  const counts = {condition: {}, kind: {}, family: {}, speaker: {}, change: {}, sound: 0};
   const add = (facet, value) => { counts[facet][value] = (counts[facet][value] || 0) + 1; };
   shown = [];
   for (const item of data.items) {
@@ -99,7 +101,7 @@ function update() {
     const counted = (facet) => !failed.length || failed[0] === facet;
     if (!failed.length) shown.push(item);
     if (counted("condition")) add("condition", item.condition);
-    for (const facet of ["kind", "family"]) if (counted(facet)) add(facet, "=" + item[facet]);
+    for (const facet of GROUPS) if (counted(facet)) add(facet, "=" + item[facet]);
     if (counted("change")) for (const [value] of CHANGES) if (fits(item, value)) add("change", value);
     if (counted("sound") && item.sound) counts.sound += 1;
   }
@@ -123,7 +125,7 @@ function order() {
 }
 
 function tellCounts(counts) {
-  for (const facet of ["condition", "kind", "family"]) {
+  for (const facet of ["condition", ...GROUPS]) {
     const options = [...form.elements[facet].options];
     for (const option of options.slice(1)) {
       option.textContent = `${option.dataset.label} (${number(counts[facet][option.value] || 0)})`;
@@ -153,7 +155,8 @@ function draw() {
 }
 
 function card(item) {
-  const meta = [data.conditions[item.condition].name, item.kind, item.family, item.id].filter(Boolean).join(" · ");
+  const place = data.conditions[item.condition].name, voice = item.speaker && "voice " + item.speaker;
+  const meta = [place, item.kind, item.family, voice, item.id].filter(Boolean).join(" · ");
   const verdict = change(item);
   const words = {better: "B better than A", worse: "B worse than A"}[verdict];
   return element("li", {}, element("article", {},
@@ -250,7 +253,7 @@ function fillForm() {
   const fields = form.elements;
   fields.condition.append(option("", "all", false),
     ...data.conditions.map((condition, place) => option(place, condition.name, place === 0)));
-  for (const facet of ["kind", "family"]) {
+  for (const facet of GROUPS) {
     const values = [...new Set(data.items.map((item) => item[facet]))].sort();
     fields[facet].append(option("", "all", true),
       ...values.map((value) => option("=" + value, value || "none", false)));

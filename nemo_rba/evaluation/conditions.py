@@ -8,6 +8,17 @@ from pathlib import Path
 from torch import Tensor
 
 from nemo_rba.evaluation.tasks import ItemTask
+from nemo_rba.manifest import read_speakers
+from nemo_rba.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How everybody answers the items of a held-out set."""
+
+    params: SamplingParams  # of answers
+    transcribe_context: str  # typed prompt that makes the SpeechLM write down what it hears, for the cascade
+    transcribe_params: SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +35,8 @@ class HeldOut:
     curve: str = ""  # what is varied, with its unit, e.g. "SNR, dB"; "" for a condition of its own
     at: float = 0.0  # where on the curve
     make_task: Callable[..., ItemTask] | None = None  # (name=, batches=) -> its measures; None for the evaluation's own
+    decoding: Decoding | None = None  # None for the evaluation's own
+    notes: tuple[str, ...] = ()  # what a reader must know of these measures
 
     def __post_init__(self) -> None:
         if self.typed and (self.augmentation is not None or self.curve):
@@ -36,6 +49,10 @@ class HeldOut:
     def way(self) -> dict[str, object]:
         """How items reach the student, as far as answers depend on it; plain JSON."""
         return {"typed": self.typed, "augmentation": dict(self.settings) if self.augmentation is not None else None}
+
+    def speakers(self) -> dict[str, str]:
+        """Id of every item -> who speaks it, read from the manifest; nobody where items are read."""
+        return {} if self.typed else read_speakers(self.manifest)
 
 
 def check_curves(held_out: Mapping[str, HeldOut]) -> None:

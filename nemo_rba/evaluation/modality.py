@@ -26,7 +26,7 @@ def reading_blocks(
         of_task = [prediction for prediction in predictions if prediction.task == condition.name]
         for label, score in condition.whole.scores.items():
             change, p_value = "–", "–"
-            if label in roles.arms:
+            if label in roles.arms and roles.start:
                 found = compare(of_task, roles.seeds(label), roles.seeds(roles.start), **settings)
                 difference = found[condition.name][condition.quantity]
                 change, p_value = number(difference, sign=True), probability(difference)
@@ -35,6 +35,8 @@ def reading_blocks(
             Heading(f"On text: {condition.name} ({condition.whole.num_items} items)"),
             Paragraph(
                 "The same words, read instead of heard. An arm that falls behind the start model here has forgotten."
+                if roles.start
+                else "The same words, read instead of heard."
             ),
             Table(["who reads", "score", "minus the start, points", "p"], rows),
         ]

@@ -17,7 +17,8 @@ def honest_notes(conditions: Sequence[Condition], roles: Roles, num_draws: int) 
         "seeds. They do not contain the variation between training seeds, which the rings show.",
         "Bold marks the best arm on this very test set, where another one is behind it: a description, no claim.",
     ]
-    if any(i.low == i.high for c in conditions for p in (c.whole, *c.families.values()) for i in p.scores.values()):
+    parts = [part for c in conditions for part in (c.whole, *c.families.values(), *c.voices.values())]
+    if any(score.low == score.high for part in parts for score in part.scores.values()):
         notes.append(
             "An interval without width, such as [0.0, 0.0], says that all items came out alike, not that the score is "
             "certain: after n alike, up to 3 / n of all others may be different (95 %)."
@@ -32,7 +33,7 @@ def honest_notes(conditions: Sequence[Condition], roles: Roles, num_draws: int) 
             "BLEU counts runs of four words: it is 0 of a family whose answers are all shorter, right or wrong."
         )
     for condition in conditions:
-        share = max(closed.undefined for closed in condition.whole.gap_closed.values())
+        share = max((closed.undefined for closed in condition.whole.gap_closed.values()), default=0.0)
         if share > 0:
             notes.append(
                 f"{condition.name}: in {100 * share:.1f} % of the resamples the teacher was not better than the start; "

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from nemo_rba.evaluation.results import Condition, Roles
+from nemo_rba.evaluation.results import Condition, Roles, Slice
 from nemo_rba.evaluation.statistics import Interval
 
 INK, GREY, PALE = "#1f2328", "#8c959f", "#d8dee4"
@@ -81,7 +81,7 @@ def systems_figure(conditions: Sequence[Condition], roles: Roles) -> bytes:
         figure, panels = _panels(conditions, num_rows=len(labels))
         for condition, axes in zip(conditions, panels, strict=True):
             whole = condition.whole
-            for label in (roles.start, roles.teacher):
+            for label in roles.bounds:
                 axes.axvline(whole.scores[label].value, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
             for row, label in enumerate(labels):
                 if label in whole.scores:
@@ -142,33 +142,65 @@ def robustness_figure(
 
 
 def families_figure(condition: Condition, roles: Roles) -> bytes:
-    """From start to first arm, family by family, the widest remaining gap on top; a bar marks the teacher."""
-    first = roles.arms[0]
-    scores = {family: part.scores for family, part in condition.families.items()}
-    order = sorted(scores, key=lambda f: scores[f][first].value - scores[f][roles.teacher].value)
+    """From start to first arm, family by family, the widest remaining gap on top; a bar marks the teacher.
+
+    Without a start, from the first arm to the teacher.
+    """
+    first, parts = roles.arms[0], condition.families
+    order = sorted(parts, key=lambda f: parts[f].scores[first].value - parts[f].scores[roles.teacher].value)
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(7.4, 0.9 + 0.27 * len(order)), layout="constrained")
-        axes = figure.subplots()
-        for row, family in enumerate(order):
-            start, arm, teacher = (scores[family][label].value for label in (roles.start, first, roles.teacher))
-            colour = _colour(first, roles)
-            axes.plot([start, arm], [row, row], color=colour, linewidth=2, alpha=0.35, solid_capstyle="butt", zorder=1)
-            axes.plot(start, row, "o", color="white", markeredgecolor=GREY, markersize=6, zorder=2)
-            axes.plot(arm, row, "o", color=colour, markersize=6.5, zorder=3)
-            axes.plot(teacher, row, "|", color=INK, markersize=12, markeredgewidth=2, zorder=2)
-        for marker, colour, label in (
-            ("o", GREY, roles.start),
-            ("o", _colour(first, roles), first),
-            ("|", INK, roles.teacher),
-        ):
-            fill = "white" if label == roles.start else colour
-            axes.plot(
-                [], [], marker, color=fill, markeredgecolor=colour, markersize=7, markeredgewidth=1.5, label=label
-            )
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0, handletextpad=0.3)
-        _rows(axes, [f"{family} ({condition.families[family].num_items})" for family in order], roles)
-        axes.set_xlabel(f"score on {condition.name}, %")
+        rows = [(family, parts[family]) for family in order]
+        other = roles.start or roles.teacher
+        bars = [(part.scores[other].value, part.scores[first].value) for _, part in rows]
+        figure, _ = _three_systems(condition, rows, bars, roles)
         return _png(figure)
+
+
+def voices_figure(condition: Condition, shown: Mapping[str, str], roles: Roles, *, num_between: int) -> bytes:
+    """Start, first arm with its interval over items, and teacher, voice by voice.
+
+    Args:
+        shown: voice -> its name here, from top to bottom.
+        num_between: voices left out in the middle.
+    """
+    first = roles.arms[0]
+    parts = [(name, condition.voices[voice]) for voice, name in shown.items()]
+    with matplotlib.rc_context(SETTINGS):
+        bars = [(part.scores[first].low, part.scores[first].high) for _, part in parts]
+        figure, axes = _three_systems(condition, parts, bars, roles)
+        if num_between:
+            middle = len(parts) / 2 - 0.5
+            axes.axhline(middle, color=GREY, linewidth=0.9, linestyle=(0, (1, 3)))
+            axes.annotate(
+                f"{num_between} between", (1, middle), xycoords=("axes fraction", "data"), ha="right", va="center",
+                color=GREY, fontsize=8.5, backgroundcolor="white",
+            )  # fmt: skip
+        return _png(figure)
+
+
+def _three_systems(
+    condition: Condition, parts: Sequence[tuple[str, Slice]], bars: Sequence[tuple[float, float]], roles: Roles
+) -> tuple[Figure, Axes]:
+    """One row a part: a ring for the start, if any, a dot on a pale bar for the first arm, a mark for the teacher."""
+    first = roles.arms[0]
+    colour = _colour(first, roles)
+    figure = Figure(figsize=(7.4, 0.9 + 0.27 * len(parts)), layout="constrained")
+    axes = figure.subplots()
+    for row, ((_, part), bar) in enumerate(zip(parts, bars, strict=True)):
+        axes.plot(bar, [row, row], color=colour, linewidth=2, alpha=0.35, solid_capstyle="butt", zorder=1)
+        if roles.start:
+            before = part.scores[roles.start].value
+            axes.plot(before, row, "o", color="white", markeredgecolor=GREY, markersize=6, zorder=2)
+        axes.plot(part.scores[first].value, row, "o", color=colour, markersize=6.5, zorder=3)
+        axes.plot(part.scores[roles.teacher].value, row, "|", color=INK, markersize=12, markeredgewidth=2, zorder=2)
+    legend = [("o", GREY, roles.start), ("o", colour, first), ("|", INK, roles.teacher)]
+    for marker, edge, label in (entry for entry in legend if entry[2]):
+        fill = "white" if label == roles.start else edge
+        axes.plot([], [], marker, color=fill, markeredgecolor=edge, markersize=7, markeredgewidth=1.5, label=label)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0, handletextpad=0.3)
+    _rows(axes, [f"{name} ({part.num_items})" for name, part in parts], roles)
+    axes.set_xlabel(f"score on {condition.name}, %")
+    return figure, axes
 
 
 def curves_figure(curves: TrainingCurves, roles: Roles) -> bytes:

@@ -15,11 +15,12 @@ import numpy as np
 
 from nemo_rba.evaluation import plots
 from nemo_rba.evaluation.conditions import HeldOut
-from nemo_rba.evaluation.document import Block, Bullets, Figure, Heading, Link, Paragraph, Strong, Table, write_document
+from nemo_rba.evaluation.document import Block, Bullets, Figure, Heading, Link, Paragraph, Table, write_document
 from nemo_rba.evaluation.modality import gap_blocks, number, probability, reading_blocks, robustness_blocks
 from nemo_rba.evaluation.notes import cut_off_notes, honest_notes
+from nemo_rba.evaluation.parts import cells, part_blocks, voice_blocks
 from nemo_rba.evaluation.quantities import account_blocks, quantity_blocks
-from nemo_rba.evaluation.results import Condition, Roles, Slice, summarise
+from nemo_rba.evaluation.results import Condition, Roles, summarise
 from nemo_rba.evaluation.runner import Prediction
 from nemo_rba.evaluation.statistics import Interval
 
@@ -74,12 +75,18 @@ def write_report(
     } | ({"accounts": accounts} if accounts else {})
     blocks = [
         *(Paragraph(sentence, is_lead=True) for sentence in headline),
-        *((*_systems(compared, roles), *_gap(compared, roles, budget), *_parts(compared, roles)) if compared else ()),
+        *(
+            (*_systems(compared, roles), *_gap(compared, roles, budget), *part_blocks(compared, roles))
+            if compared
+            else ()
+        ),
+        *voice_blocks(compared, roles),
         *quantity_blocks(conditions, roles),
         *reading_blocks(read, predictions, roles, num_draws=num_draws, seed=seed),
         *gap_blocks(conditions, predictions, held_out, roles, num_draws=num_draws, seed=seed),
         *robustness_blocks(varied, held_out, roles),
         *_recognition(conditions, roles),
+        *voice_blocks([c for c in conditions if c.measure == "wer" and c not in varied], roles),
         *account_blocks(accounts or {}),
         *_curves(curves, roles),
         *(_samples(compared[0], predictions, roles, num_samples, seed) if compared else ()),
@@ -95,18 +102,22 @@ def write_report(
 
 def _headline(condition: Condition, roles: Roles) -> list[str]:
     whole, first = condition.whole, roles.arms[0]
-    closed, seeds = whole.gap_closed[first], len(whole.seeds[first])
-    start, arm, teacher = (whole.scores[label].value for label in (roles.start, first, roles.teacher))
+    closed, seeds = whole.gap_closed.get(first), len(whole.seeds[first])
+    arm, teacher = (whole.scores[label].value for label in (first, roles.teacher))
+    before = f"{whole.scores[roles.start].value:.1f}" if roles.start else ""
     basis = f"{condition.name}, {whole.num_items} items, {seeds} seed{'s' if seeds > 1 else ''}"
-    if closed.is_defined:
+    if closed is None:
         sentences = [
-            f"{first} closed {number(closed, ' %')} of the gap between hearing and reading: {start:.1f} before, "
+            f"{first} scores {number(whole.scores[first])} where the teacher, who reads, scores "
+            f"{number(whole.scores[roles.teacher])} ({basis})."
+        ]
+    elif closed.is_defined:
+        sentences = [
+            f"{first} closed {number(closed, ' %')} of the gap between hearing and reading: {before} before, "
             f"{arm:.1f} after, {teacher:.1f} for the teacher who reads ({basis})."
         ]
     else:
-        sentences = [
-            f"There is no gap to close: start {start:.1f}, teacher {teacher:.1f}; {first} {arm:.1f} ({basis})."
-        ]
+        sentences = [f"There is no gap to close: start {before}, teacher {teacher:.1f}; {first} {arm:.1f} ({basis})."]
     if roles.arms[1:]:
         rival = whole.best_arm(roles.arms[1:])
         difference = whole.differences[rival]
@@ -116,11 +127,12 @@ def _headline(condition: Condition, roles: Roles) -> list[str]:
 
 
 def _systems(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
-    columns = [dict(zip(roles.labels, _cells(c.whole.scores, roles), strict=True)) for c in conditions]
-    rows = [[label, str(len(roles.seeds(label))), *(cells[label] for cells in columns)] for label in roles.labels]
+    columns = [dict(zip(roles.labels, cells(c.whole.scores, roles), strict=True)) for c in conditions]
+    rows = [[label, str(len(roles.seeds(label))), *(found[label] for found in columns)] for label in roles.labels]
     header = ["system", "seeds", *(f"{_described(c)} ({c.whole.num_items} items)" for c in conditions)]
     caption = (
-        "Dots: score, mean over seeds. Bars: 95 % interval over items. Rings: single seeds. Hairlines: start, teacher."
+        "Dots: score, mean over seeds. Bars: 95 % interval over items. Rings: single seeds. Hairlines: "
+        f"{'start, teacher' if roles.start else 'teacher'}."
     )
     return [
         Heading("How well each system follows spoken instructions"),
@@ -136,18 +148,23 @@ def _described(condition: Condition) -> str:
 def _gap(conditions: Sequence[Condition], roles: Roles, budget: Mapping[str, Mapping[str, str]]) -> list[Block]:
     columns = list(dict.fromkeys(column for given in budget.values() for column in given))
     header = ["arm", *columns]
+    if not roles.start and not roles.arms[1:]:
+        return []
     for condition in conditions:
-        header += [f"gap closed, {condition.name}", "minus the start, points"]
-        header += [f"{roles.arms[0]} minus it, points"] * bool(roles.arms[1:])
+        header += [f"gap closed, {condition.name}", "minus the start, points"] if roles.start else []
+        place = "" if roles.start else f"{condition.name}: "
+        header += [f"{place}{roles.arms[0]} minus it, points"] * bool(roles.arms[1:])
     rows = []
     for arm in roles.arms:
         row = [arm, *(budget[arm][c] if arm in budget and c in budget[arm] else "–" for c in columns)]
         for condition in conditions:
             whole = condition.whole
-            row += [number(whole.gap_closed[arm], " %"), _tested(whole.gains[arm])]
+            row += [number(whole.gap_closed[arm], " %"), _tested(whole.gains[arm])] if roles.start else []
             if roles.arms[1:]:
                 row.append(_tested(whole.differences[arm]) if arm in whole.differences else "–")
         rows.append(row)
+    if not roles.start:
+        return [Heading("The first model against the others"), Table(header, rows)]
     caption = (
         "Gap closed = (aligned - start) / (teacher - start), paired bootstrap over items, 95 %. p: two-sided, paired "
         "approximate randomisation over items."
@@ -162,40 +179,6 @@ def _gap(conditions: Sequence[Condition], roles: Roles, budget: Mapping[str, Map
 def _tested(difference: Interval) -> str:
     p_value = probability(difference)
     return number(difference, sign=True) + ("" if p_value == "–" else f", p {p_value}")
-
-
-def _parts(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
-    blocks: list[Block] = []
-    for condition in conditions:
-        if condition.kinds:
-            header = ["kind", "items", *roles.labels, *(f"gap closed, {arm}" for arm in roles.arms)]
-            rows = [
-                [*_part_row(kind, part, roles), *(number(part.gap_closed[arm], " %") for arm in roles.arms)]
-                for kind, part in condition.kinds.items()
-            ]
-            blocks += [Heading(f"By kind: {condition.name}"), Table(header, rows)]
-    for condition in conditions:
-        rows = [_part_row(family, part, roles) for family, part in condition.families.items()]
-        blocks.append(Heading(f"By family: {condition.name}"))
-        if condition is conditions[0]:
-            caption = (
-                f"What {roles.arms[0]} changed, family by family (number of items); the widest gap left is on top."
-            )
-            blocks.append(Figure("families", plots.families_figure(condition, roles), caption))
-        blocks.append(Table(["family", "items", *roles.labels], rows))
-    return blocks
-
-
-def _part_row(name: str, part: Slice, roles: Roles) -> list[str]:
-    return [name, str(part.num_items), *_cells(part.scores, roles)]
-
-
-def _cells(scores: Mapping[str, Interval], roles: Roles) -> list[str]:
-    """Every system's score, the best arm's in bold where it is ahead of another one."""
-    values = {arm: scores[arm].value for arm in roles.arms if arm in scores and scores[arm].is_defined}
-    best = max(values.values(), default=math.nan) if len(set(values.values())) > 1 else math.nan
-    texts = {label: number(scores[label]) if label in scores else "–" for label in roles.labels}
-    return [Strong(text) if values.get(label) == best else text for label, text in texts.items()]
 
 
 def _recognition(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
@@ -232,11 +215,16 @@ def _curves(curves: plots.TrainingCurves | None, roles: Roles) -> list[Block]:
 def _samples(
     condition: Condition, predictions: Sequence[Prediction], roles: Roles, num_samples: int, seed: int
 ) -> list[Block]:
-    """Items on which start and first arm differ in score, half improved and half worsened, chosen by a seeded draw."""
-    before, after, teacher = (
+    """Items on which start and first arm differ in score, half improved and half worsened, chosen by a seeded draw.
+
+    Without a start, those on which first arm and teacher differ.
+    """
+    labels = [*dict.fromkeys((roles.bounds[0], roles.arms[0], roles.teacher))]
+    sides = [
         {p.id: p for p in predictions if p.task == condition.name and p.system == roles.seeds(label)[0]}
-        for label in (roles.start, roles.arms[0], roles.teacher)
-    )
+        for label in labels
+    ]
+    before, after = sides[:2]
     change = {id: after[id].value - before[id].value for id in sorted(before)}
     rng = np.random.default_rng(seed)
     rows = []
@@ -245,14 +233,15 @@ def _samples(
         for pick in rng.permutation(len(ids))[: num_samples // 2]:
             item = before[ids[pick]]
             prompt = f"[{item.context}] {item.text}" if item.context else item.text
-            answers = [side[item.id].response for side in (before, after, teacher)]
+            answers = [side[item.id].response for side in sides]
             rows.append([verdict, prompt, *(answer or "(empty)" for answer in answers)])
     counts = [sum(sign * delta > 0 for delta in change.values()) for sign in (1, -1)]
     summary = (
         f"{condition.name}: of {len(change)} items, {roles.arms[0]} (first seed) answers {counts[0]} better and "
-        f"{counts[1]} worse than the start. A seeded draw from both:"
+        f"{counts[1]} worse than {'the start' if roles.start else 'the teacher'}. A seeded draw from both:"
     )
-    header = ["now", "said", f"before: {roles.start}", f"after: {roles.arms[0]}", f"{roles.teacher}"]
+    heads = [f"before: {roles.start}", f"after: {roles.arms[0]}", roles.teacher] if roles.start else labels
+    header = ["now" if roles.start else f"{roles.arms[0]} is", "said", *heads]
     return [Heading("Sample prompts"), Paragraph(summary), Table(header, rows, is_numeric=False)]
 
 

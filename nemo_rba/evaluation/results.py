@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions -> numbers with intervals: for each condition as a whole, each kind and each family the same ``Slice``.
+"""Predictions -> numbers with intervals: for each condition as a whole, each kind, family and voice the same ``Slice``.
 
 Several systems under one label are training seeds of one arm: its score is the mean of theirs, which are kept beside
 it. A task may have several measures (``measures.py``): its own is there for every slice, the others for the whole
@@ -16,6 +16,8 @@ from nemo_rba.evaluation.runner import Prediction
 from nemo_rba.evaluation.statistics import Bootstrap, Interval
 from nemo_rba.evaluation.tasks import word_errors
 
+MIN_ITEMS_OF_A_VOICE = 5  # a score of fewer tells of the items and not of the voice
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
@@ -23,11 +25,11 @@ class Roles:
 
     systems: Mapping[str, str]  # system name -> label, in the order of tables; seeds of an arm share a label
     teacher: str  # label of T
-    start: str  # label of S0
+    start: str | None  # label of S0; None where nobody stands for what was before, and no gap is closed
     arms: Sequence[str]  # labels of S1; the first is the method on trial, the others its rivals
 
     def __post_init__(self) -> None:
-        missing = [label for label in (self.teacher, self.start, *self.arms) if label not in self.labels]
+        missing = [label for label in (*self.bounds, *self.arms) if label not in self.labels]
         if missing or not self.arms:
             raise ValueError(
                 f"teacher {self.teacher!r}, start {self.start!r} and at least one of arms {list(self.arms)} must be "
@@ -37,6 +39,11 @@ class Roles:
     @property
     def labels(self) -> list[str]:
         return list(dict.fromkeys(self.systems.values()))
+
+    @property
+    def bounds(self) -> list[str]:
+        """Labels of S0, where there is one, and T."""
+        return [label for label in (self.start, self.teacher) if label is not None]
 
     def seeds(self, label: str) -> list[str]:
         return [name for name, its_label in self.systems.items() if its_label == label]
@@ -49,8 +56,8 @@ class Slice:
     num_items: int
     scores: dict[str, Interval]  # label -> score in percent, mean over seeds
     seeds: dict[str, list[float]]  # label -> score of each seed
-    gap_closed: dict[str, Interval]  # arm -> percent of the gap between start and teacher
-    gains: dict[str, Interval]  # arm -> arm minus start, in points, with a p-value
+    gap_closed: dict[str, Interval]  # arm -> percent of the gap between start and teacher; {} without a start
+    gains: dict[str, Interval]  # arm -> arm minus start, in points, with a p-value; {} without a start
     differences: dict[str, Interval]  # rival arm -> first arm minus rival, in points, with a p-value
 
     def best_arm(self, arms: Iterable[str]) -> str:
@@ -68,6 +75,8 @@ class Condition:
     whole: Slice
     kinds: dict[str, Slice]
     families: dict[str, Slice]
+    num_voices: int  # who speak, as the manifest tells them apart
+    voices: dict[str, Slice]  # of those with MIN_ITEMS_OF_A_VOICE items or more; {} where one voice speaks, or none
     heard_wer: dict[str, float]  # label -> word error rate of what it took for the instruction, where not perfect
     others: dict[str, Slice]  # quantity -> the task's other measures, whole condition; no gap is closed in them
 
@@ -122,11 +131,12 @@ def _condition(name: str, predictions: list[Prediction], roles: Roles, num_draws
         some = {system: [answers[row] for row in rows] for system, answers in table.items()}
         return _slice(_arrays(some, measure), roles, _bootstrap(some, measure, num_draws, seed), has_gap=has_gap)
 
-    def parts(group: list[str]) -> dict[str, Slice]:
+    def parts(group: list[str], *, at_least: int = 1) -> dict[str, Slice]:
         rows = {g: [r for r, its in enumerate(group) if its == g] for g in sorted(set(group) - {""})}
-        return {g: part(its, own, has_gap=role == "score") for g, its in rows.items()}
+        return {g: part(its, own, has_gap=role == "score") for g, its in rows.items() if len(its) >= at_least}
 
-    everything = range(len(any_system))
+    everything, speakers = range(len(any_system)), [prediction.speaker for prediction in any_system]
+    num_voices = len(set(speakers) - {""})
     return Condition(
         name=name,
         measure=role,
@@ -135,6 +145,8 @@ def _condition(name: str, predictions: list[Prediction], roles: Roles, num_draws
         whole=part(everything, own, has_gap=role == "score"),
         kinds=parts([prediction.kind for prediction in any_system]),
         families=parts([prediction.family for prediction in any_system]),
+        num_voices=num_voices,
+        voices=parts(speakers, at_least=MIN_ITEMS_OF_A_VOICE) if num_voices > 1 else {},
         heard_wer=_heard_wer(table, roles),
         others={short_name(measure): part(everything, measure, has_gap=False) for measure in others},
     )
@@ -168,7 +180,7 @@ def _by_system(condition: str, predictions: list[Prediction], roles: Roles) -> d
     """``_pair`` of the systems that have a role; those of a comparison must be there."""
     present = {prediction.system for prediction in predictions}
     if predictions[0].measure == "score":
-        needed = [s for label in (roles.teacher, roles.start, *roles.arms) for s in roles.seeds(label)]
+        needed = [s for label in (*roles.bounds, *roles.arms) for s in roles.seeds(label)]
         absent = [system for system in needed if system not in present]
         if absent:
             raise ValueError(
@@ -200,7 +212,9 @@ def _slice(items: dict[str, np.ndarray], roles: Roles, bootstrap: Bootstrap, *, 
         num_items=next(iter(arms.values())).shape[1],
         scores={label: bootstrap.score(arrays) for label, arrays in arms.items()},
         seeds={label: [bootstrap.value(array) for array in arrays] for label, arrays in arms.items()},
-        gap_closed={arm: bootstrap.gap_closed(start, arms[arm], teacher) for arm in roles.arms if has_gap},
+        gap_closed={
+            arm: bootstrap.gap_closed(start, arms[arm], teacher) for arm in roles.arms if has_gap and roles.start
+        },
         gains={arm: bootstrap.difference(arms[arm], start) for arm in roles.arms if arm in arms and start is not None},
         differences={arm: bootstrap.difference(arms[first], arms[arm]) for arm in rivals if first in arms},
     )

@@ -46,6 +46,7 @@ class Prediction:
     kind: str
     context: str
     text: str  # the words spoken
+    speaker: str = ""  # of the item, also for those who read it; "" where nobody speaks, or it is not told
     heard: str  # the words the system answered to: ``text``, except for a cascade
     reference: str  # the teacher's answer in the manifest
     response: str
@@ -146,12 +147,14 @@ class CascadeSystem:
 
 
 def run(
-    system: System, task: ItemTask, output: str | Path, basis: Mapping[str, object] = MappingProxyType({})
+    system: System, task: ItemTask, output: str | Path, basis: Mapping[str, object] = MappingProxyType({}),
+    speakers: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Prediction]:  # fmt: skip
     """Every item of ``task`` answered by ``system``, in the task's order; goes on with what ``output`` already has.
 
     Args:
         basis: what else the answers depend on: a fingerprint of the weights, how items are heard; plain JSON.
+        speakers: id -> who speaks the item, see ``HeldOut.speakers``; of others, what the file says is kept.
 
     Raises:
         ValueError: the file belongs to another system, task, decoding or basis; an item has changed since; two items
@@ -166,7 +169,7 @@ def run(
     earlier = [_PredictionLog(folder / f"{name}.jsonl", header), *others]
     answered = {prediction.id: prediction for file in earlier for prediction in file.read()}
     barrier()  # all have read before one writes
-    mine = _answers(system, task, log, answered)
+    mine = _answers(system, task, log, answered, speakers)
     predictions: dict[str, Prediction] = {}
     for batch in zip_longest(*data_parallel_lists(mine)):  # ranks take turns in the task's order
         for prediction in batch:
@@ -207,19 +210,27 @@ def read_answers(system: str, task: str, output: str | Path) -> SavedAnswers:
     return SavedAnswers(path=folder / f"{name}.jsonl", decoding=decoding, basis=basis, predictions=found)
 
 
-def rescore(saved: SavedAnswers, task: ItemTask, items: Sequence[Instruction]) -> list[Prediction]:
+def rescore(
+    saved: SavedAnswers, task: ItemTask, items: Sequence[Instruction],
+    speakers: Mapping[str, str] = MappingProxyType({}),
+) -> list[Prediction]:  # fmt: skip
     """What ``run`` would return for these items, all of which were answered: nobody is asked, except a judge.
+
+    Args:
+        speakers: as for ``run``.
 
     Raises:
         ValueError: an item has changed since.
     """
     if isinstance(task, Batched):
         task.prepare([(item, saved.predictions[item.id].response) for item in items])
-    scored = (_scored(saved.predictions[item.id], task, item, saved.path) for item in items)
+    scored = (_scored(saved.predictions[item.id], task, item, saved.path, speakers) for item in items)
     return [replace(prediction, measure=task.measure) for prediction in scored]
 
 
-def _answers(system: System, task: ItemTask, log: "_PredictionLog", answered: dict[str, Prediction]) -> list:
+def _answers(
+    system: System, task: ItemTask, log: "_PredictionLog", answered: dict[str, Prediction], speakers: Mapping[str, str]
+) -> list[Prediction]:  # fmt: skip
     """This rank's predictions, in its order; what is new is written as it comes."""
     predictions = []
     writes = model_parallel_rank() == 0
@@ -227,12 +238,12 @@ def _answers(system: System, task: ItemTask, log: "_PredictionLog", answered: di
         missing = [item for item in batch.instructions if item.id not in answered]
         if isinstance(task, Batched):  # scored anew, but all at once
             task.prepare([(i, answered[i.id].response) for i in batch.instructions if i.id in answered])
-        fresh = {p.id: p for p in _predict(system, task, batch)} if missing else {}
+        fresh = {p.id: p for p in _predict(system, task, batch, speakers)} if missing else {}
         if writes and missing:
             log.append([fresh[item.id] for item in missing])
         for item in batch.instructions:
             kept = answered[item.id] if item.id in answered else fresh[item.id]
-            predictions.append(_scored(kept, task, item, log.path))
+            predictions.append(_scored(kept, task, item, log.path, speakers))
     return predictions
 
 
@@ -291,7 +302,9 @@ def _differences(found: Mapping, expected: Mapping) -> str:
     return "; ".join(f"{key} was {flat[0].get(key)!r}, expected {flat[1].get(key)!r}" for key in names)
 
 
-def _predict(system: System, task: ItemTask, batch: SpeechBatch) -> Iterator[Prediction]:
+def _predict(
+    system: System, task: ItemTask, batch: SpeechBatch, speakers: Mapping[str, str]
+) -> Iterator[Prediction]:  # fmt: skip
     rollouts = sorted(system.answer(batch), key=lambda rollout: rollout.prompt_index)
     if [rollout.prompt_index for rollout in rollouts] != list(range(len(batch))):
         raise ValueError(
@@ -310,6 +323,7 @@ def _predict(system: System, task: ItemTask, batch: SpeechBatch) -> Iterator[Pre
             kind=task.kind(item),
             context=item.context,
             text=item.text,
+            speaker=speakers.get(item.id, ""),
             heard=rollout.instruction.text,
             reference=item.response,
             response=rollout.response,
@@ -318,7 +332,9 @@ def _predict(system: System, task: ItemTask, batch: SpeechBatch) -> Iterator[Pre
         )
 
 
-def _scored(prediction: Prediction, task: ItemTask, item: Instruction, path: Path) -> Prediction:
+def _scored(
+    prediction: Prediction, task: ItemTask, item: Instruction, path: Path, speakers: Mapping[str, str]
+) -> Prediction:  # fmt: skip
     """``prediction`` with today's score, if it still belongs to ``item``."""
     if (prediction.context, prediction.text) != (item.context, item.text):
         raise ValueError(
@@ -326,7 +342,10 @@ def _scored(prediction: Prediction, task: ItemTask, item: Instruction, path: Pat
             f"has {item.text!r} (context {item.context!r}): use a new output folder for a new manifest"
         )
     shares = _shares(task, item, prediction.response)
-    return replace(prediction, family=item.task, kind=task.kind(item), reference=item.response, **shares)
+    speaker = speakers.get(item.id, prediction.speaker)
+    return replace(
+        prediction, family=item.task, kind=task.kind(item), speaker=speaker, reference=item.response, **shares
+    )
 
 
 def _shares(task: ItemTask, item: Instruction, response: str) -> dict:

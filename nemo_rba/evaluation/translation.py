@@ -102,12 +102,12 @@ def _bleu(tokenizer: str) -> BLEU:
         )
     try:
         return BLEU(tokenize=tokenizer, force=True)
-    except (ImportError, RuntimeError, OSError) as error:
+    except (ImportError, RuntimeError, OSError, AssertionError) as error:  # the last: another dictionary than its own
         needs = {"ja-mecab": "pip install 'sacrebleu[ja]'", "ko-mecab": "pip install 'sacrebleu[ko]'"}
         how = needs.get(tokenizer, "pip install sentencepiece, and once a connection to the internet")
         raise ImportError(
             f"BLEU's tokenizer {tokenizer!r} needs what is not there: {how}; or set task.tokenizer to char, which "
-            "needs nothing and gives other scores"
+            f"needs nothing and gives other scores. sacrebleu says: {' '.join(str(error).split())}"
         ) from error
 
 

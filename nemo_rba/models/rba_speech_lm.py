@@ -8,6 +8,7 @@
 It is built from a NeMo SALM checkpoint folder (``from_salm``) or restored from a ``.nemo`` (``restore_from``).
 """
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from nemo_rba.conversion.families import gpt_arguments
 from nemo_rba.conversion.foreign import refuse_foreign_code
 from nemo_rba.conversion.hf import config_from_dict, export_weights, load_weights
 from nemo_rba.conversion.salm import open_salm, write_salm
+from nemo_rba.conversion.tokenizer_files import for_both_versions
 from nemo_rba.data.prompt import SALMPrompt
 from nemo_rba.distributed import parallel, pipeline
 from nemo_rba.modules.generation import generate
@@ -40,6 +42,7 @@ _TOKENIZER_FILES = {"model": "tokenizer.json", "config": "tokenizer_config.json"
 _OPTIONAL_FILES = ("template",)  # NeMo's prompt formats do not use it
 _ONE_PROCESS = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "sequence_parallel": False}
 _TARGET = "nemo_rba.models.rba_speech_lm.RBASpeechLM"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # float16 would need its loss scaled
 
 
 class RBASpeechLM(ModelPT):
@@ -54,6 +57,7 @@ class RBASpeechLM(ModelPT):
     """
 
     def __init__(self, cfg: DictConfig, trainer=None):
+        gc.collect()  # a model trained before lies in cycles, with gradients and optimizer: a GPU has no room for two
         super().__init__(cfg=cfg, trainer=trainer)
         cfg = self.cfg
         refuse_foreign_code(OmegaConf.to_container(cfg.perception, resolve=False), "perception")
@@ -64,7 +68,7 @@ class RBASpeechLM(ModelPT):
         )
         self.prompt = self._load_prompt()
         self.llm_config = config_from_dict(OmegaConf.to_container(cfg.llm))
-        dtype = getattr(torch, cfg.params_dtype)
+        dtype = _dtype(cfg.params_dtype)
         self.llm = build_gpt(
             **gpt_arguments(self.llm_config), params_dtype=dtype, sequence_parallel=cfg.sequence_parallel
         ).to(parallel.device())
@@ -156,7 +160,7 @@ class RBASpeechLM(ModelPT):
                 Path(folder),
                 settings={key: value for key, value in OmegaConf.to_container(self.cfg).items() if key in keys},
                 llm_config=self.llm_config,
-                dtype=getattr(torch, self.cfg.params_dtype),
+                dtype=_dtype(self.cfg.params_dtype),
                 tokenizer=self._tokenizer,
                 perception=None if self.perception is None else self.perception.state_dict(),
                 llm_tensors=export_weights(
@@ -176,7 +180,9 @@ class RBASpeechLM(ModelPT):
             ValueError: not a ``.nemo`` of this class, or one that asks for either; a layout does not divide.
         """
         if not Path(restore_path).is_file():
-            raise ValueError(f"{restore_path} does not exist; expected a .nemo file of an RBASpeechLM")
+            raise ValueError(
+                f"{restore_path} is no file; expected a .nemo of an RBASpeechLM (a SALM folder: model=salm)"
+            )
         connector = save_restore_connector or SafeSaveRestoreConnector(
             target=_TARGET,
             artifact_keys=tuple(f"tokenizer.{key}" for key in _TOKENIZER_FILES if key not in _OPTIONAL_FILES),
@@ -213,7 +219,10 @@ class RBASpeechLM(ModelPT):
             for key in list(self.cfg.tokenizer):
                 path = self.register_artifact(f"tokenizer.{key}", self.cfg.tokenizer[key])
                 shutil.copy(path, Path(folder) / _TOKENIZER_FILES[key])
-            self._tokenizer = {path.name: path.read_bytes() for path in Path(folder).iterdir()}  # for save_salm
+            files = for_both_versions({path.name: path.read_bytes() for path in Path(folder).iterdir()})
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            self._tokenizer = files  # for save_salm
             return SALMPrompt.from_folder(
                 folder=folder, prompt_format=self.cfg.prompt_format, audio_locator_tag=self.cfg.audio_locator_tag
             )
@@ -363,6 +372,12 @@ class RBASpeechLM(ModelPT):
 def _tokenizer_files(folder: Path) -> dict[str, str]:
     paths = {key: folder / name for key, name in _TOKENIZER_FILES.items()}
     return {key: str(path) for key, path in paths.items() if key not in _OPTIONAL_FILES or path.is_file()}
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"model.params_dtype is {name!r}; expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def _load_perception(perception: torch.nn.Module, state: dict[str, Tensor], folder: Path) -> None:

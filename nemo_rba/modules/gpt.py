@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_rba.distributed import cpu
+from nemo_rba.distributed import cpu, parallel
 from nemo_rba.modules.attention import DecodePlan, FixedPlan, GroupPlan, PlannedAttention, PrefixPlan, Rotary
 
 _LINEAR = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
@@ -106,8 +106,9 @@ def check_layout(
     """Refuse what cannot be cut evenly.
 
     Raises:
-        ValueError: every number that does not divide.
+        ValueError: a size that is no number of ranks, or every number that does not divide.
     """
+    parallel.check_sizes(tensor_parallel_size, pipeline_parallel_size)
     tp, pp = tensor_parallel_size, pipeline_parallel_size
     sizes = {name: transformer[name] for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
     wrong = [

@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nemo_rba.distributed import cpu
+from nemo_rba.distributed import cpu, parallel
 from nemo_rba.modules.gpt import build_gpt
 from nemo_rba.modules.lora import add_lora
 from nemo_rba.modules.perception import check_perception
@@ -34,7 +34,7 @@ class Layout:
     """How one job is spread over GPUs.
 
     Raises:
-        ValueError: the world does not divide by the model-parallel size.
+        ValueError: a size is no number of ranks, or the world does not divide by the model-parallel size.
     """
 
     world_size: int
@@ -43,6 +43,7 @@ class Layout:
     sequence_parallel: bool
 
     def __post_init__(self) -> None:
+        parallel.check_sizes(self.tensor_parallel_size, self.pipeline_parallel_size)
         size = self.tensor_parallel_size * self.pipeline_parallel_size
         if self.world_size % size:
             raise ValueError(

@@ -40,6 +40,10 @@ class RewardMixture:
         """Names of the parts."""
         return list(self.parts)
 
+    def vocabularies(self) -> dict[str, dict[str, int]]:
+        """Part -> vocabulary of whoever reads the student's token ids there: the student must have the same ids."""
+        return {name: part.vocabulary() for name, part in self.parts.items() if hasattr(part, "vocabulary")}
+
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, dict[str, Tensor]]:
         """Total (N,) and the unweighted parts {name: (N,)}, float32 on the CPU."""
         scores = {name: _checked(name, part(rollouts), rollouts) for name, part in self.parts.items()}

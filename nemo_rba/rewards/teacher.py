@@ -21,9 +21,12 @@ class TeacherLikelihood:
     """log P_teacher(answer | transcript) in nats, end-of-turn token included.
 
     Args:
-        teacher: a teacher with the student's vocabulary.
+        teacher: a teacher with the student's vocabulary, whose token ids it is given: the loop compares them at setup.
         normalize: "token" divides by the number of tokens (does not favour short answers), "none" keeps the sum.
         floor: lowest reward, below 0; also that of an empty answer. Bounds what one impossible token can do.
+
+    Raises:
+        ValueError: a setting is out of range, or the teacher only writes.
     """
 
     def __init__(self, *, teacher: LikelihoodTeacher, normalize: str, floor: float):
@@ -33,6 +36,11 @@ class TeacherLikelihood:
             )
         if not -torch.inf < floor < 0:
             raise ValueError(f"floor must be finite and below 0 nats, got {floor}: change floor of TeacherLikelihood")
+        if not hasattr(teacher, "logprobs"):
+            raise ValueError(
+                f"TeacherLikelihood asks a teacher how likely an answer is, and {type(teacher).__name__} only writes; "
+                "change teacher of TeacherLikelihood, e.g. to teacher=hf or teacher=self"
+            )
         self.teacher = teacher
         self.normalize = normalize
         self.floor = floor
@@ -46,6 +54,10 @@ class TeacherLikelihood:
             score = tokens.float().mean() if self.normalize == "token" else tokens.float().sum()
             scores[n] = score.clamp(min=self.floor)
         return scores
+
+    def vocabulary(self) -> dict[str, int]:
+        """The teacher's, token string -> id."""
+        return self.teacher.vocabulary()
 
     def _prompt(self, rollout: Rollout) -> str:
         message = {"role": "user", "content": typed(rollout.instruction)}

@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 
 import sacrebleu
 import torch
+from sacrebleu.metrics import BLEU
 from torch import Tensor
 from torchmetrics.functional.text import word_error_rate
 from torchmetrics.functional.text.rouge import rouge_score
 
 from nemo_rba.types import Rollout
 
+BLEU_TOKENIZERS = ("13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none")
 _ARTICLES = ("a", "an", "the")
 _APOSTROPHES = str.maketrans("‘’ʼ", "'''")
 
@@ -27,6 +29,32 @@ class ChrF:
     def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
         pairs = [(_teacher_answer(rollout, self), rollout.response) for rollout in rollouts]
         return _score_once(lambda answer, response: sacrebleu.sentence_chrf(response, [answer]).score / 100, pairs)
+
+
+class Bleu:
+    """BLEU of a single answer to the teacher's, in [0, 1] (sacrebleu: exponential smoothing, orders the answer has).
+
+    Args:
+        tokenize: a tokenizer of sacrebleu's that needs no download: "13a" for spaced scripts, "zh", "ja-mecab" and
+            "ko-mecab" for Chinese, Japanese and Korean, "char", "intl" or "none".
+
+    Raises:
+        ValueError: there is no such tokenizer, or sacrebleu lacks what it needs.
+    """
+
+    def __init__(self, *, tokenize: str):
+        if tokenize not in BLEU_TOKENIZERS:
+            raise ValueError(
+                f"tokenize must be one of {BLEU_TOKENIZERS}, got {tokenize!r}: change tokenize of the BLEU reward"
+            )
+        try:
+            self._bleu = BLEU(tokenize=tokenize, effective_order=True)
+        except RuntimeError as error:
+            raise ValueError(f"tokenize {tokenize!r} of the BLEU reward: {error}") from None
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
+        pairs = [(_teacher_answer(rollout, self), rollout.response) for rollout in rollouts]
+        return _score_once(lambda answer, response: self._bleu.sentence_score(response, [answer]).score / 100, pairs)
 
 
 class ExactMatch:

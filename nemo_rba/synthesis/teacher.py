@@ -141,12 +141,14 @@ class HFTeacher:
 
     def topk_logprobs(self, prompts: Sequence[str], responses: Sequence[Tensor], k: int) -> list[tuple[Tensor, Tensor]]:
         """The k likeliest tokens before each token: ids (T_i, K) and float32 log-probabilities (T_i, K), on the CPU."""
-        size = self._vocabulary_size
+        size = min(
+            self._vocabulary_size, 1 + max(self.vocabulary().values())
+        )  # rows that pad the embedding are no words
         if not 1 <= k <= size:
             raise ValueError(f"asked for the {k} likeliest of {size} tokens; lower the objective's teacher_topk")
 
         def of_candidates(logits: Tensor, _ids: Tensor) -> tuple[Tensor, Tensor]:
-            values, ids = logits.topk(k, dim=-1)
+            values, ids = logits[..., :size].topk(k, dim=-1)
             return ids.cpu(), (values - logits.logsumexp(-1, keepdim=True)).cpu()
 
         return self._score(prompts, responses, of_candidates)

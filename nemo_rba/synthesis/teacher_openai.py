@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher behind a server with OpenAI's protocol (vLLM, NIM, SGLang, TensorRT-LLM): it writes, but does not judge."""
+"""A language model behind a server with OpenAI's protocol (vLLM, NIM, SGLang, TensorRT-LLM): it writes, but does not
+judge tokens. It is a teacher, or the judge that grades answers."""
 
 import json
 import os
@@ -33,6 +34,7 @@ class OpenAITeacher:
     the model's name, the decoding and the prompt: the address of the server may change.
 
     Args:
+        section: where these settings stand in the config, e.g. "teacher", as messages name the key to change.
         base_url: up to and with ``/v1``.
         model: name under which the server offers the model.
         api_key_env: environment variable that holds the key; "" for a server that asks for none.
@@ -51,40 +53,47 @@ class OpenAITeacher:
             ``stop``; later: a request that keeps failing, or a server that refuses every prompt.
     """
 
-    FREE_KEYS = ("base_url", "api_key_env", "num_parallel", "timeout_seconds", "max_retries", "memory")  # see HFTeacher
+    FREE_KEYS = (  # see HFTeacher
+        "section", "base_url", "api_key_env", "num_parallel", "timeout_seconds", "max_retries", "memory"
+    )  # fmt: skip
 
-    def __init__(self, *, base_url: str, model: str, api_key_env: str, pre_query: str, stop: str, num_parallel: int,
-                 timeout_seconds: float, max_retries: int, memory: str):  # fmt: skip
+    def __init__(
+        self, *, section: str, base_url: str, model: str, api_key_env: str, pre_query: str, stop: str,
+        num_parallel: int, timeout_seconds: float, max_retries: int, memory: str,
+    ):  # fmt: skip
         if num_parallel < 1 or max_retries < 0 or timeout_seconds <= 0:
-            raise ValueError(f"teacher: num_parallel={num_parallel}, max_retries={max_retries}, timeout_seconds="
+            raise ValueError(f"{section}: num_parallel={num_parallel}, max_retries={max_retries}, timeout_seconds="
                              f"{timeout_seconds}; expected at least 1, at least 0, above 0")  # fmt: skip
         if pre_query and not stop:
-            raise ValueError("teacher.stop is '', but teacher.pre_query is not; expected what ends the user's turn")
-        self._pre_query, self._template, self._stop = pre_query, _template(pre_query), stop
-        self._key = _read_key(api_key_env)
+            raise ValueError(
+                f"{section}.stop is '', but {section}.pre_query is not; expected what ends the user's turn"
+            )
+        self._section = section
+        self._pre_query, self._template, self._stop = pre_query, _template(pre_query, section), stop
+        self._key = _read_key(api_key_env, section)
         self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._url, self._model = base_url.rstrip("/"), model
         self._num_parallel, self._timeout, self._max_retries = num_parallel, timeout_seconds, max_retries
         self.usage: Counter[str] = Counter()
-        self._counting, self._refusals = threading.Lock(), Refusals()
+        self._counting, self._refusals = threading.Lock(), Refusals(section)
         self._memory = Memory(path=memory, owner={"holds": "answers of servers"}) if memory else None  # keys: the model
         offered = self._request("GET", "/models", None, lambda reply: [entry["id"] for entry in reply["data"]])
         if model not in offered:
-            raise ValueError(self._hidden(f"{base_url} offers {offered[:10]}, not {model!r}; change teacher.model"))
+            raise ValueError(self._hidden(f"{base_url} offers {offered[:10]}, not {model!r}; change {section}.model"))
 
     def render(self, messages: Sequence[dict[str, str]], *, open_turn: str) -> str:
         """The messages as JSON, as the server applies the chat template itself; or the pre-query template."""
         if open_turn == "assistant":
             return json.dumps(list(messages))
         if not self._pre_query or [message["role"] for message in messages] not in ([], ["system"]):
-            raise ValueError("a hosted teacher opens the user's turn after nothing or a system turn, and with "
-                             f"teacher.pre_query, which is {self._pre_query!r}")  # fmt: skip
+            raise ValueError("a hosted model opens the user's turn after nothing or a system turn, and with "
+                             f"{self._section}.pre_query, which is {self._pre_query!r}")  # fmt: skip
         system = messages[0]["content"] if messages else ""
         text = self._template.render(system=system)
         if system not in text:
             raise ValueError(
-                f"teacher.pre_query is {self._pre_query!r}, which has no place for a system turn; put that of the "
-                "model's chat template before it, as {% if system %}...{{ system }}...{% endif %}"
+                f"{self._section}.pre_query is {self._pre_query!r}, which has no place for a system turn; put that of "
+                "the model's chat template before it, as {% if system %}...{{ system }}...{% endif %}"
             )
         return text
 
@@ -192,9 +201,12 @@ class OpenAITeacher:
         raise self._failure(path, problem)
 
     def _failure(self, path: str, problem: str) -> ValueError:
+        section = self._section
+        check = [f"{section}.base_url", f"{section}.model", f"the key in {section}.api_key_env"]
+        check += [f"{section}.timeout_seconds ({self._timeout:g})"] if "Timeout" in problem else []
         return ValueError(self._hidden(
-            f"the teacher's server {self._url}{path} did not answer ({problem}); check teacher.base_url, teacher.model "
-            "and the key in teacher.api_key_env, then run again"
+            f"{section}: the server {self._url}{path} did not answer ({problem}); check {', '.join(check)}, then run "
+            "again"
         ))  # fmt: skip
 
     def _hidden(self, text: str) -> str:
@@ -227,29 +239,31 @@ def _said(prompt: str) -> str:
     return json.loads(prompt)[-1]["content"]
 
 
-def _read_key(name: str) -> str:
+def _read_key(name: str, section: str) -> str:
     """The key in an environment variable, which no message may show; "" if it has no name."""
     if not name:
         return ""
     if name not in os.environ:
-        raise ValueError(f"teacher.api_key_env names {name}, which is not set; export it, or give ''")
+        raise ValueError(f"{section}.api_key_env names {name}, which is not set; export it, or give ''")
     key = os.environ[name].strip()
     if not key:
-        raise ValueError(f"teacher.api_key_env names {name}, which is empty; export the key, or give ''")
+        raise ValueError(f"{section}.api_key_env names {name}, which is empty; export the key, or give ''")
     wrong = [place for place, character in enumerate(key, start=1) if not "!" <= character <= "~"]
     if wrong:
-        raise ValueError(f"the key in {name} (teacher.api_key_env) cannot be sent: number {wrong[0]} of its {len(key)} "
-                         "characters is a blank, a control character or no ASCII; copy it again")  # fmt: skip
+        raise ValueError(
+            f"the key in {name} ({section}.api_key_env) cannot be sent: number {wrong[0]} of its {len(key)} characters "
+            "is a blank, a control character or no ASCII; copy it again"
+        )
     return key
 
 
-def _template(pre_query: str) -> Template:
+def _template(pre_query: str, section: str) -> Template:
     environment = SandboxedEnvironment(keep_trailing_newline=True, undefined=StrictUndefined)
     try:
         template = environment.from_string(pre_query)
         template.render(system="")
     except TemplateError as error:
-        raise ValueError(f"teacher.pre_query is no template ({error}): {pre_query!r}; expected text, in which "
+        raise ValueError(f"{section}.pre_query is no template ({error}): {pre_query!r}; expected text, in which "
                          "{{ system }} may stand for a system turn") from error  # fmt: skip
     return template
 

@@ -26,10 +26,15 @@ class Unanswered(str):
 
 
 class Refusals:
-    """Counts prompts without an answer. Threads may share it."""
+    """Counts prompts without an answer. Threads may share it.
 
-    def __init__(self):
+    Args:
+        section: where the settings of who answers stand in the config, as messages name the keys to change.
+    """
+
+    def __init__(self, section: str = "teacher"):
         self.count = 0
+        self._section = section
         self._ever_answered, self._problem = False, ""
         self._in_a_row: set[str] = set()
         self._lock = threading.Lock()
@@ -56,20 +61,21 @@ class Refusals:
         with self._lock:
             num_refused = len(self._in_a_row)
         if num_refused >= MOST_IN_A_ROW:
-            raise ValueError(_hopeless(f"{num_refused} prompts in a row", prompt, problem))
+            raise ValueError(self._hopeless(f"{num_refused} prompts in a row", prompt, problem))
 
     def check_call(self, prompts: Sequence[str]) -> None:
         """Raise ValueError if these prompts, which were all refused, are several and none was ever answered."""
         num_different = len(set(prompts))
         if num_different > 1 and not self._ever_answered:
-            raise ValueError(_hopeless(f"any of {num_different} prompts", prompts[0], self._problem))
+            raise ValueError(self._hopeless(f"any of {num_different} prompts", prompts[0], self._problem))
+
+    def _hopeless(self, which: str, prompt: str, problem: str) -> str:
+        return (
+            f"{self._section}: the model did not answer {which}, so the settings are wrong and not the prompts: "
+            f"{problem}; check {self._section}.* and max_new_tokens. The prompt: {shown(prompt)}"
+        )
 
 
 def shown(prompt: str) -> str:
     """A prompt in a message."""
     return repr(prompt if len(prompt) <= 200 else f"{prompt[:120]} ... {prompt[-60:]}")
-
-
-def _hopeless(which: str, prompt: str, problem: str) -> str:
-    return (f"the teacher did not answer {which}, so the settings are wrong and not the prompts: {problem}; check "
-            f"teacher.* and max_new_tokens. The prompt: {shown(prompt)}")  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from nemo_rba.distributed import parallel
 from nemo_rba.distributed.launch import launch
@@ -26,6 +27,15 @@ class Costly:
         return self.built_by, value
 
 
+def timeouts() -> list[float]:
+    """Seconds after which a collective of each kind of group gives up."""
+    groups = (
+        dist.group.WORLD, parallel_state.get_model_parallel_group(), parallel_state.get_data_parallel_group(),
+        parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group(),
+    )  # fmt: skip
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
 def main(folder: Path, devices: int, tensor_parallel: int) -> None:
     for _ in range(2):  # the second time nothing is left to do
         launch(
@@ -41,7 +51,8 @@ def main(folder: Path, devices: int, tensor_parallel: int) -> None:
     found = {
         "pid": os.getpid(), "rank": parallel.rank(), "world": dist.get_world_size(), "sum": int(total),
         "data_parallel": [parallel.data_parallel_rank(), parallel.data_parallel_size()],
-        "lists": parallel.data_parallel_lists([parallel.rank()]), "costly": costly.answer(3), "complaint": complaint,
+        "timeouts": timeouts(), "lists": parallel.data_parallel_lists([parallel.rank()]),
+        "costly": costly.answer(3), "complaint": complaint,
     }  # fmt: skip
     (folder / f"{found['rank']}.json").write_text(json.dumps(found))
     dist.barrier()

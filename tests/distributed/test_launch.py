@@ -70,6 +70,7 @@ def test_every_launcher_makes_the_same_job(how, tmp_path):
         else:
             assert rank["data_parallel"] == [0, 1]
             assert rank["costly"] == [ranks[0]["pid"], 3], "it was built by the first rank alone"
+        assert rank["timeouts"] == [3600.0] * 5, "a teacher is waited for in megatron's groups too"
         assert rank["complaint"].endswith("value -1; expected 0 or more")
 
 

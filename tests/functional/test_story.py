@@ -19,6 +19,7 @@ SHORT = [
     "num_minibatches=1",
     "data.num_train=48", "data.num_dev=24", "data.num_test=40", "data.num_test_seen=20", "trainer.max_steps=12",
     "warmup_steps=2", "trainer.val_check_interval=3", "evaluation.num_draws=200",
+    "+validation_task=${evaluation.task}",
 ]  # fmt: skip
 
 TWO_PROCESSES = ["trainer.devices=2", "data.batch_size=8"]  # the same global batch
@@ -78,6 +79,14 @@ def test_reward_rises_and_logprobs_agree(run):
     assert max(dev[1:]) > dev[0]
 
 
+def test_dev_answers_are_measured_as_in_the_report(run):
+    for arm, processes in (("rba", "one, then two"), ("sft", "two")):
+        lines = map(json.loads, (run[0] / f"align_{arm}" / "metrics.jsonl").read_text().splitlines())
+        dev = [(line["val/task/score"], 100 * line["val/obeys"]) for line in lines if "val/obeys" in line]
+        assert len(dev) >= 5
+        assert [score for score, _ in dev] == pytest.approx([obeyed for _, obeyed in dev]), processes
+
+
 def test_report_and_data_are_complete(run):
     folder, _ = run
     results = json.loads((folder / "report" / "results.json").read_text())
@@ -103,8 +112,9 @@ def commands(run):
     lines = {
         "again": ("rba_align.py", "--config-name=rba_tiny", f"output={folder}", *SHORT),
         "evaluate": (
-            "rba_evaluate.py", f"aligned={folder / 'align_sft' / 'sft.nemo'}", f"output={folder / 'evaluated'}",
-            f"manifest={dev}", f"tasks={{read: {{manifest: {dev}, typed: true}}, translated: {{manifest: {dev}, "
+            "rba_evaluate.py", "--config-name=rba_eval", f"model={folder / 'align_sft' / 'sft.nemo'}",
+            f"output={folder / 'evaluated'}", f"manifest={dev}",
+            f"tasks={{read: {{manifest: {dev}, typed: true}}, translated: {{manifest: {dev}, "
             "evaluation: translation, task: {target_language: en}}}",
         ),
         "chat": ("rba_chat.py", model, f"audio={folder / 'question.wav'}"),

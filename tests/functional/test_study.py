@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from study.runs import Run, choose, grid, is_bracketed
+from study.runs import Run, choose, dev_score, grid, is_bracketed
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
@@ -98,3 +98,31 @@ def test_the_best_dev_score_is_chosen_and_an_edge_is_told():
     assert best[300, "rba"] == Run(arm="rba", prompts=300, learning_rate=2.0, seed=3)
     assert best[300, "sft"].learning_rate == 1.0, "the smaller one where all are alike"
     assert [is_bracketed(study, best[300, arm]) for arm in ("rba", "sft")] == [True, False]
+
+
+def test_the_start_models_dev_score_is_no_runs(tmp_path):
+    """Else rates that only do harm would all have the start's score, and the smallest of them would win."""
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "val/obeys": 0.9}\n{"step": 30, "reward/mean": 0.1}\n{"step": 30, "val/obeys": 0.2}\n'
+        '{"step": 60, "val/obeys": 0.4}\n'
+    )
+    assert dev_score(tmp_path, "val/obeys") == 0.4
+
+
+def test_a_run_that_fails_keeps_none_of_the_others_from_being_made(monkeypatch, tmp_path):
+    import rba_study  # NeMo's: slow
+
+    made = []
+
+    def train_one(study, run, data):
+        if run.learning_rate == 1.0:
+            raise RuntimeError("the gradient norm is nan")
+        made.append(run)
+
+    monkeypatch.setattr(rba_study, "train_one", train_one)
+    runs = grid(plan(rba=[1.0, 2.0], sft=[3.0, 4.0]))
+    with pytest.raises(
+        SystemExit, match=r"not finished:\n  - n300_rba_lr1_seed3: the gradient norm is nan\n  - n1000_"
+    ):
+        rba_study.train(Plan(workers=1), runs, tmp_path)
+    assert [run.learning_rate for run in made] == [2.0, 3.0, 4.0, 2.0, 3.0, 4.0]

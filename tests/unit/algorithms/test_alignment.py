@@ -2,20 +2,23 @@
 """The loop with a fake policy: what happens to a batch, in order, with numbers one can do in the head."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
-from one_word import FakePolicy, FakeTeacher, clipped, make, speech_batch
+from one_word import VOCABULARY, FakePolicy, FakeTeacher, clipped, make, speech_batch
 
 from nemo_rba.algorithms.advantage import GreedyBaseline, NoAdvantage, PerRewardNormalized
 from nemo_rba.algorithms.alignment import check_choices
 from nemo_rba.algorithms.controllers import AdaptiveKL, KLAdaptiveLR
 from nemo_rba.algorithms.controls import RunStopped
-from nemo_rba.algorithms.group_losses import MinimumRiskLoss
+from nemo_rba.algorithms.group_losses import DPOLoss, MinimumRiskLoss
 from nemo_rba.algorithms.importance import MaskedImportance, TruncatedImportance
 from nemo_rba.algorithms.objectives import DistillationLoss, ForwardKLLoss
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts
 from nemo_rba.algorithms.watcher import StopOnCollapse
+from nemo_rba.rewards.mixture import RewardMixture
+from nemo_rba.rewards.teacher import TeacherLikelihood
 
 
 def test_reinforcement_raises_the_reward():
@@ -196,3 +199,52 @@ def test_controls_with_nothing_to_steer_by_are_refused_at_setup():
         make(DistillationLoss(), source=TeacherRollouts(), schedule=schedule, num_minibatches=2)
     with pytest.raises(ValueError, match="MaskedImportance weighs the tokens of a policy gradient"):
         make(DistillationLoss(), source=TeacherRollouts(), importance=MaskedImportance(minimum=0.5, maximum=5.0))
+
+
+def test_a_gradient_without_numbers_ends_the_run_with_its_reason():
+    module, _ = make(clipped())
+
+    def diverged():
+        raise FloatingPointError("the gradient norm is nan; the weights are those of the last good step")
+
+    with pytest.raises(RunStopped, match="the gradient norm is nan; the weights are those of the last good step"):
+        module.align(speech_batch(), diverged)
+
+
+def test_whoever_reads_token_ids_has_the_students_vocabulary():
+    """A reward that is asked about token ids is as wrong by another vocabulary as the loss is, and as silent."""
+
+    class Foreign(FakeTeacher):
+        def vocabulary(self):
+            return {"yes": 1, "no": 0, "<end>": 2}
+
+    def configured(objective, teacher, reward):
+        module, _ = make(objective, teacher=teacher)
+        module._policy.clear()
+        prompt = SimpleNamespace(vocabulary=lambda: VOCABULARY)
+        module._builders = (lambda: SimpleNamespace(prompt=prompt), lambda **_: FakePolicy(), None, None)
+        likelihood = TeacherLikelihood(teacher=reward, normalize="token", floor=-10.0)
+        module.reward = RewardMixture(parts={"likelihood": likelihood}, weights={"likelihood": 1.0})
+        module.configure_model()
+
+    configured(clipped(dense=1.0), FakeTeacher(), FakeTeacher())
+    configured(clipped(), None, FakeTeacher())
+    with pytest.raises(ValueError, match=r"reward\.parts\.likelihood: teacher and student differ in 2 of 3 tokens"):
+        configured(clipped(), None, Foreign())
+    with pytest.raises(ValueError, match=r"^teacher and student differ in 2 of 3 tokens"):
+        configured(clipped(dense=1.0), Foreign(), FakeTeacher())
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [MinimumRiskLoss(sharpness=1.0, kl_coefficient=0.0, kl_estimator="k3"), DPOLoss(beta=0.1, label_smoothing=0.0)],
+)
+def test_losses_without_an_old_policy_tell_how_far_off_the_sampler_was(objective):
+    class OtherPrecision(FakePolicy):
+        def generate(self, batch, *, group_size, params, rows=None):
+            answers = super().generate(batch, group_size=group_size, params=params)
+            return [dataclasses.replace(a, logprobs=a.logprobs - torch.tensor([0.5, 0.0])) for a in answers]
+
+    module, step = make(objective)
+    module._policy[0] = OtherPrecision()
+    assert module.align(speech_batch(), step)["health/logprob_error"] == pytest.approx(0.25)

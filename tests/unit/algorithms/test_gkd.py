@@ -2,7 +2,8 @@
 """GKD's share of own answers: who is asked, how often, and what the loop makes of it."""
 
 import pytest
-import recipe
+import recipe_checks
+import recipe_parts
 import torch
 from one_word import FakePolicy, FakeTeacher, clipped, make, speech_batch
 from test_configs import load
@@ -162,8 +163,8 @@ def test_settings_that_cannot_work_are_refused():
 @pytest.mark.parametrize("rollouts", ["gkd", "gkd_fresh"])
 def test_recipes_choose_it_for_distillation(rollouts):
     chosen = [f"rollouts={rollouts}", "rollouts.share=0.25"]
-    recipe.preflight(load("rba_tiny", *chosen, "objective=jsd", "advantage=none"))
-    source = recipe.rollout_source(load("rba_tiny", *chosen), Writes())
+    recipe_checks.preflight(load("rba_tiny", *chosen, "objective=jsd", "advantage=none"))
+    source = recipe_parts.rollout_source(load("rba_tiny", *chosen), Writes())
     assert (source.share, source.group_size, source.on_policy) == (0.25, 1, False)
     with pytest.raises(SystemExit, match=r"ClippedPolicyLoss is a policy gradient, and with rollouts\.share 0\.25"):
-        recipe.preflight(load("rba_tiny", *chosen))
+        recipe_checks.preflight(load("rba_tiny", *chosen))

@@ -286,3 +286,14 @@ def test_missing_or_misshapen_inputs_are_named():
         policy_loss()(logprobs, batch)
     with pytest.raises(ValueError, match="expected \\(1, 1, 3\\)"):
         ForwardKLLoss(teacher_topk=3)(logprobs, replace(batch, teacher_topk_logprobs=torch.zeros(1, 1, 3)))
+
+
+@pytest.mark.parametrize("make", [ReverseKLLoss, lambda **settings: GeneralizedJSDLoss(beta=0.5, **settings)])
+def test_losses_for_own_answers_tell_the_entropy(make):
+    student = torch.tensor([0.5, 0.2, 0.3])  # the last one is the tail
+    batch = make_batch(torch.ones(1, 1, dtype=torch.bool), teacher_topk_logprobs=torch.tensor([[[-0.5, -1.2]]]))
+    _, metrics = make(teacher_topk=2)(student[:2].log().view(1, 1, 2), batch)
+    assert metrics["entropy"].item() == pytest.approx(1.0296530), "of .5, .2 and .3"
+    whole = torch.randn(1, 1, 7).log_softmax(-1)
+    _, metrics = make(teacher_topk=7)(whole, replace(batch, teacher_topk_logprobs=whole))
+    torch.testing.assert_close(metrics["entropy"], -(whole.exp() * whole).sum())

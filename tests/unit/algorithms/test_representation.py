@@ -5,7 +5,8 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-import recipe
+import recipe_checks
+import recipe_parts
 import torch
 from one_word import clipped, make, speech_batch
 from test_configs import load
@@ -251,15 +252,17 @@ def test_what_it_could_not_change_is_refused():
 
 def test_recipes_choose_it_for_the_main_arm_alone():
     plain, chosen = load("rba_tiny"), load("rba_tiny", "representation=cosine", "representation.layers=[1,2]")
-    assert "representation" not in recipe.keys(plain, recipe.ALIGNMENT), "runs without it are what they were"
-    assert recipe.keys(chosen, recipe.ALIGNMENT)["representation"]["layers"] == [1, 2]
-    main, *rivals = recipe.arms(chosen).values()
+    assert "representation" not in recipe_parts.keys(plain, recipe_parts.ALIGNMENT), (
+        "runs without it are what they were"
+    )
+    assert recipe_parts.keys(chosen, recipe_parts.ALIGNMENT)["representation"]["layers"] == [1, 2]
+    main, *rivals = recipe_parts.arms(chosen).values()
     assert "representation" in main
     assert rivals
     assert not any("representation" in rival for rival in rivals)
     for arm in (main, *rivals):
-        recipe.check_arm(arm)
+        recipe_checks.check_arm(arm)
     weights = "advantage.weights={obeys:1.0,chrf:0.3,exact:0.2,representation:0.5}"
-    recipe.check_arm(load("rba_tiny", "representation=cosine", "advantage=per_reward_normalized", weights))
+    recipe_checks.check_arm(load("rba_tiny", "representation=cosine", "advantage=per_reward_normalized", weights))
     with pytest.raises(ValueError, match="ForwardKLLoss takes none"):
-        recipe.check_arm(load("rba_tiny", "representation=cosine", "objective=forward_kl", "rollouts=teacher"))
+        recipe_checks.check_arm(load("rba_tiny", "representation=cosine", "objective=forward_kl", "rollouts=teacher"))

@@ -6,7 +6,8 @@ import itertools
 import math
 
 import pytest
-import recipe
+import recipe_checks
+import recipe_parts
 import torch
 from one_word import FakePolicy, clipped, make, speech_batch
 from test_configs import load
@@ -269,7 +270,7 @@ def test_a_weight_that_does_nothing_is_refused():
 def test_recipes_choose_it_beside_any_loss():
     for more in ([], ["objective=distillation", "rollouts=teacher", "advantage=none"]):
         chosen = load("rba_tiny", "representation=cosine_loss", "representation.layers=[1,2]", *more)
-        recipe.preflight(chosen)
-        main, *rivals = recipe.arms(chosen).values()
+        recipe_checks.preflight(chosen)
+        main, *rivals = recipe_parts.arms(chosen).values()
         assert main.representation.layers == [1, 2]
         assert not any("representation" in rival for rival in rivals)

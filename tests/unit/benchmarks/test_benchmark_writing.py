@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ class Tones:
     """So many items of half a second; ``fails_at`` is where the power goes."""
 
     name = "tones"
+    measure: ClassVar = {"evaluation": "translation", "task": {"target_language": "de"}}
 
     def __init__(self, size: int, fails_at: int | None = None):
         self._size, self._fails_at, self.counts = size, fails_at, Counter()
@@ -39,12 +41,13 @@ def test_a_benchmark_is_written_with_an_account_of_it(tmp_path):
     assert {cut.custom["teacher"] for cut in read_manifest(tmp_path / "set")} == {"tones"}
     summary = read_summary(tmp_path / "set")
     assert summary == {
-        "name": "tones", "items": 5, "seconds": 2.5, "tasks": {"a": 3, "b": 2},
+        "name": "tones", "measure": Tones.measure, "items": 5, "seconds": 2.5, "tasks": {"a": 3, "b": 2},
         "skipped": {"unreadable audio": 2, "no words": 1},
     }  # fmt: skip
     rows = [line.split() for line in render(summary | {"seconds": 5400.0}).splitlines()]
     assert rows == [
-        ["tones"], ["items", "5"], ["hours", "1.50"], ["skipped", "3"], ["skipped:", "unreadable", "audio", "2"],
+        ["tones,", "evaluation=translation"], ["items", "5"], ["hours", "1.50"], ["skipped", "3"],
+        ["skipped:", "unreadable", "audio", "2"],
         ["skipped:", "no", "words", "1"], ["task", "a", "3"], ["task", "b", "2"],
     ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ class Texts:
     """A typed benchmark whose third item cannot be used."""
 
     name = "texts"
+    measure: ClassVar = {"evaluation": "spoken_qa"}
 
     def __init__(self, texts: Sequence[str]):
         self._texts, self.counts = texts, Counter()

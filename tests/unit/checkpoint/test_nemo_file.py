@@ -2,6 +2,7 @@
 """Crafted ``.nemo`` files are refused with the file and the key named, and nothing of them is run."""
 
 import io
+import json
 import os
 import tarfile
 
@@ -60,6 +61,8 @@ def craft(good, path, *, config=None, files=None):
         ({"perception.encoder._target_": "os.system"}, "perception.encoder._target_ is 'os.system'"),
         ({"perception.modality_adapter._target_": "nemo.utils.exp_manager.os.system"}, "modality_adapter"),
         ({"model": {"target": "os.system"}}, "key 'model'"),
+        ({"params_dtype": "float16"}, "model.params_dtype is 'float16'; expected one of float32, bfloat16"),
+        ({"params_dtype": "load"}, "model.params_dtype is 'load'"),
     ],
 )
 def test_a_crafted_config_is_refused(config, message, good, tmp_path):
@@ -86,3 +89,58 @@ def test_broken_archives_are_refused(good, tmp_path):
     for name in ("half", "text", "empty", "missing"):
         with pytest.raises(ValueError, match=name):
             RBASpeechLM.restore_from(tmp_path / f"{name}.nemo")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "link"),
+    [
+        ("../outside.txt", tarfile.REGTYPE, ""),
+        ("deep/../../outside.txt", tarfile.REGTYPE, ""),
+        ("{tmp}/outside.txt", tarfile.REGTYPE, ""),
+        ("link", tarfile.SYMTYPE, "/etc/hostname"),
+        ("link", tarfile.SYMTYPE, "model_weights.ckpt"),
+        ("link", tarfile.LNKTYPE, "model_weights.ckpt"),
+        ("link", tarfile.LNKTYPE, "/etc/hostname"),
+        ("pipe", tarfile.FIFOTYPE, ""),
+        ("device", tarfile.CHRTYPE, ""),
+    ],
+)
+def test_members_that_could_lead_outside_are_refused(name, kind, link, good, tmp_path):
+    path, name = craft(good, tmp_path / "bad.nemo"), name.format(tmp=tmp_path)
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, link
+    member.size = 4 if kind == tarfile.REGTYPE else 0
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(member, io.BytesIO(b"text"))
+    with pytest.raises(ValueError, match="which is a link, a device or a path that leads outside") as error:
+        RBASpeechLM.restore_from(path)
+    assert str(path) in str(error.value)
+    assert repr(name) in str(error.value)
+    assert not list(tmp_path.parent.rglob("outside.txt"))
+
+
+@pytest.mark.parametrize("name", ["model_config.yaml", "./model_config.yaml"])
+def test_a_second_file_of_the_same_name_is_refused(name, good, tmp_path):
+    path = craft(good, tmp_path / "bad.nemo")
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ValueError, match=r"holds 'model_config\.yaml' twice"):
+        RBASpeechLM.restore_from(path)
+
+
+def test_code_that_a_tokenizer_asks_for_is_not_run(good, tmp_path):
+    with tarfile.open(good) as archive:
+        (config,) = [m for m in archive.getmembers() if m.name.endswith("tokenizer_config.json")]
+        values = json.loads(archive.extractfile(config).read())
+    values |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    ran = tmp_path / "ran"
+    path = craft(
+        good, tmp_path / "bad.nemo",
+        files={
+            config.name.removeprefix("./"): json.dumps(values).encode(),
+            "evil.py": f"import os\nos.mkdir({str(ran)!r})\nclass Evil: pass\n".encode(),
+        },
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=str(path)):
+        RBASpeechLM.restore_from(path)
+    assert not ran.exists()

@@ -21,12 +21,17 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
+LLAMA32_ROPE = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"} | {"factor": 32.0}
 CASES = [
     ("llama", {"tie_word_embeddings": True}),
     ("llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 16384}),
+    ("llama", {"rope_scaling": LLAMA32_ROPE, "rope_theta": 500000.0, "max_position_embeddings": 16384}),  # Llama-3.2
     ("mistral", {"tie_word_embeddings": False, "sliding_window": None}),
+    ("mistral", {"sliding_window": None, "head_dim": 24, "rms_norm_eps": 1e-3, "rope_theta": 1e6}),  # Mistral-Nemo
     ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1, "vocab_size": 128}),  # Qwen2.5
     ("qwen3", {"tie_word_embeddings": False, "head_dim": 32}),
+    ("qwen3", {"tie_word_embeddings": True, "head_dim": 8, "num_key_value_heads": 1, "eos_token_id": [2, 3]}),
 ]
 
 
@@ -104,6 +109,13 @@ def test_sharded_folder_reads_the_same(tmp_path):
     (tmp_path / "model-1.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"model-1\.safetensors"):
         SafetensorsFolder(tmp_path)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"names \['model-1\.safetensors'\], not in this folder"):
+        SafetensorsFolder(tmp_path)
+    for weight_map in ({"a": "../model-0.safetensors"}, {"a": 1}, ["a"], None):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+            SafetensorsFolder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -112,14 +124,47 @@ def test_sharded_folder_reads_the_same(tmp_path):
         ("gpt2", {}, "gpt2"),
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("mistral", {"sliding_window": 64}, "sliding_window"),
+        ("mistral", {}, "sliding_window=4096"),  # Mistral-7B-v0.1
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_window"),
+        ("qwen2", {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("mistral", {"sliding_window": None, "layer_types": ["sliding_attention"] * 32}, "layer_types"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
         ("llama", {"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, "low_freq_factor"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     ],
 )
 def test_what_would_be_converted_wrongly_is_named_and_refused(family, options, named):
     with pytest.raises(ValueError, match=named):
         gpt_arguments(AutoConfig.for_model(family, **options))
+
+
+def test_rotary_settings_by_layer_type_are_named_and_refused():
+    """transformers 5 keeps them in a dictionary of dictionaries, in which no ``rope_type`` would be found."""
+    config = AutoConfig.for_model("qwen3")
+    config.rope_parameters = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    with pytest.raises(ValueError, match=r"rope_parameters=.*full_attention"):
+        gpt_arguments(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_weights_come_back_bit_equal_from_float32_and_their_own_type(tmp_path, dtype):
+    make_folder(tmp_path, "qwen2", {"tie_word_embeddings": False})
+    stored = {name: value.to(dtype) for name, value in load_file(tmp_path / "model.safetensors").items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    gpt, config = convert(tmp_path)
+    group = parallel_state.get_tensor_model_parallel_group()
+    for model in (gpt, gpt.to(dtype)):
+        back = dict(export_weights(model, config, tp_group=group))
+        assert back.keys() == stored.keys()
+        assert all(torch.equal(back[name].to(dtype), stored[name]) for name in stored)
 
 
 def test_missing_tensor_and_wrong_shape_are_named(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import load_speech_lm, make_batch
 
+from nemo_rba.conversion.tokenizer_files import for_both_versions
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 from nemo_rba.types import SamplingParams
 
@@ -54,9 +55,36 @@ def test_vllm_plugin_reads_the_config(speech_lm, tmp_path, monkeypatch):
         pytest.skip("NeMo 2.7.3 has no nemo.collections.speechlm2.vllm")
     from nemo.collections.speechlm2.vllm.salm.config import NeMoSpeechLMConfig
 
+    monkeypatch.setattr(speech_lm.llm_config, "architectures", None)  # as in a config.json written by hand
     speech_lm.save_salm(tmp_path / "salm")
     monkeypatch.chdir(tmp_path / "salm")
-    assert NeMoSpeechLMConfig.from_pretrained(".").text_config.hidden_size == 64
+    config = NeMoSpeechLMConfig.from_pretrained(".")
+    assert config.text_config.hidden_size == 64
+    assert config.llm_architectures == ["LlamaForCausalLM"]
+    assert not config.is_hybrid
+    assert config.perception["output_dim"] == 64
+
+
+def test_a_tokenizer_of_transformers_5_is_written_for_4_too():
+    """Its class and its list of special tokens are new names, on which transformers 4 stops."""
+    new = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<|audio|>"], "eos_token": "é"}
+    files = {"tokenizer.json": b"{}", "tokenizer_config.json": json.dumps(new).encode()}
+    written = for_both_versions(files)
+    assert json.loads(written.pop("tokenizer_config.json")) == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<|audio|>"], "eos_token": "é",
+    }  # fmt: skip
+    assert written == {"tokenizer.json": b"{}"}
+    old = files | {"tokenizer_config.json": b'{"tokenizer_class":  "LlamaTokenizerFast", "extra_special_tokens": {}}'}
+    assert for_both_versions(old) == old
+
+
+def test_no_exported_tokenizer_has_names_that_transformers_4_does_not_know(speech_lm, tmp_path):
+    speech_lm.save_salm(tmp_path / "salm")
+    for folder in (tmp_path / "salm", tmp_path / "salm" / "llm_backbone"):
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert "<|audio|>" in config["additional_special_tokens"]
+        assert "extra_special_tokens" not in config
 
 
 def _change_weights(folder, change):
@@ -89,6 +117,7 @@ LLM, SPEECH = "llm.model.layers.0.self_attn.q_proj.weight", "perception.proj.wei
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
         (lambda f: (f / "llm_backbone" / "config.json").unlink(), "no config.json"),
         (lambda f: _change_config(f, lora={"r": 4}), "LoRA"),
+        (lambda f: _change_config(f, encoder_chunk_size_seconds=30.0), "encoder_chunk_size_seconds = 30.0"),
         (lambda f: _change_config(f, prompt_format="nonsense"), "prompt_format"),
         (lambda f: _change_config(f, audio_locator_tag="<|speech|>"), "audio_locator_tag"),
         (lambda f: _change_config(f, perception={"output_dim": 64, "encoder": {"_target_": "os.system"}}), "os.system"),

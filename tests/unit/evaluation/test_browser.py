@@ -64,7 +64,7 @@ def write(folder, predictions, **changes) -> str:
 
 @pytest.fixture(scope="module")
 def predictions():
-    return synthetic.make_predictions(NUM_ITEMS)
+    return [replace(p, speaker=f"voice of {p.family}") for p in synthetic.make_predictions(NUM_ITEMS)]
 
 
 def test_everything_that_was_predicted_comes_back(predictions, tmp_path):
@@ -74,12 +74,14 @@ def test_everything_that_was_predicted_comes_back(predictions, tmp_path):
     assert [condition["name"] for condition in data["conditions"]] == ["held-out voices", "seen voices"]
     found = {
         (name, data["conditions"][item["condition"]]["name"], item["id"]): (
-            item["text"], item["reference"], item["family"], item["kind"], answer["response"], answer["score"],
+            item["text"], item["reference"], item["family"], item["kind"], item["speaker"],
+            answer["response"], answer["score"],
         )
         for item in data["items"] for name, answer in zip(systems, item["answers"], strict=True)
     }  # fmt: skip
     assert found == {
-        (p.system, p.task, p.id): (p.text, p.reference, p.family, p.kind, p.response, p.value) for p in predictions
+        (p.system, p.task, p.id): (p.text, p.reference, p.family, p.kind, p.speaker, p.response, p.value)
+        for p in predictions
     }
     labels = {system["name"]: system["label"] for system in data["systems"]}
     assert (labels["rba-1"], labels["fkl-0"]) == ("RBA (rba-1)", "Forward KL"), "seeds are told apart"
@@ -87,11 +89,12 @@ def test_everything_that_was_predicted_comes_back(predictions, tmp_path):
 
 
 def test_no_text_can_break_the_page_or_run_in_it(predictions, tmp_path):
-    changes = dict.fromkeys(("id", "text", "context", "heard", "reference", "response", "family", "kind"), HARMFUL)
+    fields = ("id", "text", "context", "heard", "reference", "response", "family", "kind", "speaker")
+    changes = dict.fromkeys(fields, HARMFUL)
     harmful = replace(predictions[0], **changes)
     page = Page(write(tmp_path, [harmful], title=HARMFUL, identity={HARMFUL: HARMFUL}))
     (item,) = page.data["items"]
-    assert {item[key] for key in ("id", "text", "context", "reference", "family", "kind")} == {HARMFUL}
+    assert {item[key] for key in ("id", "text", "context", "reference", "family", "kind", "speaker")} == {HARMFUL}
     assert item["answers"][0]["response"] == HARMFUL
     assert len(page.scripts) == 2
     assert page.words.count(HARMFUL) == 4, "title twice, and a line of the identity"

@@ -10,7 +10,7 @@ import recipe_evaluation
 import torch
 from hydra import compose, initialize_config_dir
 from lhotse import MonoCut
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_rba.evaluation.results import summarise
 from nemo_rba.evaluation.runner import Prediction, run
@@ -27,7 +27,7 @@ def manifest(tmp_path) -> Path:
     spoken = [
         Utterance(
             instruction=Instruction(id=f"id-{word}", text=f"say {word}", response=f"{word} it is", task="say"),
-            audio=torch.zeros(1600), sampling_rate=16000, speaker="a",
+            audio=torch.zeros(1600), sampling_rate=16000, speaker=f"voice of {word}",
         )
         for word in WORDS
     ]  # fmt: skip
@@ -38,7 +38,7 @@ def manifest(tmp_path) -> Path:
 def config(manifest: Path, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base=None):
         return compose(
-            "rba_evaluate",
+            "rba_eval",
             overrides=["aligned=nowhere/rba.nemo", "evaluation=agreement", "saved=true", "evaluation.num_draws=50",
                        f"output={manifest.parent}", f"manifest={manifest}",
                        f"tasks={{read: {{manifest: {manifest}, typed: true}}}}", *overrides],
@@ -77,7 +77,7 @@ def evaluated(cfg: DictConfig, manifest: Path, *, without: str = "") -> list[Pre
         for name in (*rba_evaluate.OTHERS, "rba")
         for task in tasks
         if recipe_evaluation.is_asked(name, sets[task.name])
-        for prediction in run(System(name), task, cfg.output, sets[task.name].way)
+        for prediction in run(System(name), task, cfg.output, sets[task.name].way, sets[task.name].speakers())
     ]
 
 
@@ -91,7 +91,9 @@ def test_scores_are_those_of_the_ordinary_run_without_a_sound(manifest, monkeypa
     predictions, told = rba_evaluate.saved_predictions(cfg, sets, ["rba"], manifest.parent)
     assert predictions == expected
     assert len(predictions) == len(WORDS) * 7, "the cascade does not read"
-    roles = recipe_evaluation.roles(["rba"])
+    assert {p.speaker for p in predictions if p.task == "words"} == {f"voice of {word}" for word in WORDS}
+    assert {p.speaker for p in predictions if p.task == "read"} == {""}, "nobody is heard"
+    roles = recipe_evaluation.roles(cfg, ["rba"])
     assert summarise(predictions, roles, num_draws=50, seed=1) == summarise(expected, roles, num_draws=50, seed=1)
     assert told["decoding"] == "max_new_tokens 4"
     assert told["decoding of the cascade's transcript"] == "temperature 0.0"
@@ -205,3 +207,20 @@ def test_a_model_that_reads_other_tokens_is_refused():
     recipe_evaluation.check_same_prompts("a", Prompt(0), Prompt(0))
     with pytest.raises(ValueError, match="'a' has another tokenizer"):
         recipe_evaluation.check_same_prompts("a", Prompt(1), Prompt(0))
+
+
+def test_what_a_measure_lacks_is_told_before_a_model_is_loaded(manifest, monkeypatch):
+    monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_ja_mecab.MeCab", None)
+    cfg = config(manifest, "manifest=null")
+    fine = {"manifest": str(manifest), "evaluation": "spoken_qa"}
+    fleurs = {"manifest": str(manifest), "evaluation": "translation", "task": {"target_language": "ja"}}
+    cfg.tasks = OmegaConf.create({"fine": fine, "fleurs": fleurs})
+    with initialize_config_dir(str(CONF), version_base=None):
+        sets = rba_evaluate.held_out_sets(cfg)
+    (line,) = recipe_evaluation.unmeasurable(cfg, sets)
+    assert line.startswith("fleurs: BLEU's tokenizer 'ja-mecab' needs what is not there: pip install 'sacrebleu[ja]'")
+    nobody = "{model: m, base_url: 'http://127.0.0.1:9/v1', max_retries: 0}"
+    cfg = config(manifest, "evaluation=judge", f"evaluation.task.reward.judge={nobody}")
+    cfg.tasks = None
+    (line,) = recipe_evaluation.unmeasurable(cfg, rba_evaluate.held_out_sets(cfg))
+    assert line.startswith("words: evaluation.task.reward.judge: the server http://127.0.0.1:9/v1/models did not")

@@ -99,8 +99,8 @@ def said(of: int, row: int) -> str:
 
 def make_task(url: str, memory: str = "", **changes) -> WinRateTask:
     judge = OpenAITeacher(
-        base_url=url, model="m", api_key_env="", pre_query="", stop="", num_parallel=2, timeout_seconds=5.0,
-        max_retries=0, memory="",
+        section="evaluation.task.reward.judge", base_url=url, model="m", api_key_env="", pre_query="", stop="",
+        num_parallel=2, timeout_seconds=5.0, max_retries=0, memory="",
     )  # fmt: skip
     reward = PairwiseJudgeReward(
         judge=judge, model="m", version="v-1", prompt="{instruction}|{first}|{second}", votes=1, max_new_tokens=4,

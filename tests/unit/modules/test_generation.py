@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a token is chosen."""
 
+from types import SimpleNamespace
+
 import torch
 
+from nemo_rba.modules import generation
 from nemo_rba.modules.generation import choose, uniforms
 from nemo_rba.types import SamplingParams
 
@@ -44,3 +47,40 @@ def test_randomness_belongs_to_seed_and_id():
     assert a.shape == (2, 3, 5)
     assert torch.equal(a[1], uniforms(["y"], 3, one)[0])
     assert not torch.equal(a, uniforms(["x", "y"], 3, two))
+
+
+def test_a_pipeline_works_on_as_many_groups_of_prompts_as_it_has_stages(monkeypatch):
+    """All are on their way before the first one's tokens are awaited, and then they take turns."""
+    log = []
+
+    class Recorded:
+        def __init__(self, gpt, rotary, valid, noise, **settings):
+            self.num_prompts, self.steps, self.ids = len(valid), 2, noise[:, 0, 0].tolist()
+
+        def prefill(self, prompts):
+            log.append(("prefill", self.ids))
+
+        def take_tokens(self):
+            log.append(("take", self.ids))
+            self.steps -= 1
+            return self.steps > 0
+
+        def decode(self):
+            log.append(("decode", self.ids))
+            return True
+
+        def finished(self):
+            return self.ids, self.ids, self.ids
+
+    monkeypatch.setattr(generation, "_Answers", Recorded)
+    monkeypatch.setattr(generation, "rotary_table", lambda gpt, length: None)
+    monkeypatch.setattr(generation.pipeline, "num_stages", lambda: 3)
+    monkeypatch.setattr(generation, "uniforms", lambda ids, *_: torch.arange(len(ids))[:, None, None])
+    found = generation.generate(
+        SimpleNamespace(fixed_decode=None), None, torch.ones(5, 4, dtype=torch.bool), ids=list("abcde"), group_size=1,
+        end_id=0, banned_ids=torch.tensor([]), params=SamplingParams(max_new_tokens=2),
+    )  # fmt: skip
+    groups = [[0, 1], [2, 3], [4]]
+    turns = [(step, group) for group in groups for step in ("take", "decode")]
+    assert log == [*(("prefill", group) for group in groups), *turns, *(("take", group) for group in groups)]
+    assert found.token_ids == [0, 1, 2, 3, 4]

@@ -2,7 +2,9 @@
 import pytest
 import torch
 
+from nemo_rba.rewards.mixture import RewardMixture
 from nemo_rba.rewards.teacher import TeacherLikelihood
+from nemo_rba.rewards.text import ChrF
 from nemo_rba.types import Instruction, Rollout
 
 
@@ -55,3 +57,18 @@ def test_the_teacher_reads_context_and_transcript():
 def test_bad_settings_name_the_key(changes, key):
     with pytest.raises(ValueError, match=f"change {key} of TeacherLikelihood"):
         TeacherLikelihood(**{"teacher": EchoTeacher(), "normalize": "token", "floor": -1.0, **changes})
+
+
+def test_a_teacher_that_only_writes_is_refused():
+    with pytest.raises(ValueError, match="object only writes; change teacher of TeacherLikelihood"):
+        TeacherLikelihood(teacher=object(), normalize="token", floor=-1.0)
+
+
+def test_a_mixture_tells_whose_vocabulary_must_be_the_students():
+    class Speller(EchoTeacher):
+        def vocabulary(self):
+            return {"a": 0}
+
+    likelihood = TeacherLikelihood(teacher=Speller(), normalize="token", floor=-1.0)
+    mixture = RewardMixture(parts={"chrf": ChrF(), "likely": likelihood}, weights={"chrf": 1.0, "likely": 1.0})
+    assert mixture.vocabularies() == {"likely": {"a": 0}}

@@ -5,6 +5,7 @@ import torch
 
 from nemo_rba.rewards.text import (
     AnswerMatch,
+    Bleu,
     ChrF,
     ExactMatch,
     LengthPenalty,
@@ -40,6 +41,23 @@ def test_chrf_is_sacrebleus_in_unit_range():
     assert scores[0] == 1.0
     assert scores[2] == 0.0
     assert scores.dtype == torch.float32
+
+
+def test_bleu_is_sacrebleus_in_unit_range():
+    answer, responses = (
+        "The cat sat on the mat.",
+        ["The cat sat on the mat.", "The cat sat", "", "dogs", "The cat sat on"],
+    )
+    scores = Bleu(tokenize="13a")([rollout(response, answer=answer) for response in responses])
+    expected = [sacrebleu.sentence_bleu(response, [answer]).score / 100 for response in responses]
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float32))
+    assert scores[0] == 1.0
+    assert scores[2] == 0.0
+    assert scores[1].item() == pytest.approx(0.2635971), "all right, and 3 words of 7: exp(1 - 7 / 3)"
+    chinese = rollout("我喜欢茶", answer="我喜欢喝茶")
+    assert Bleu(tokenize="13a")([chinese]).item() < 0.2 < Bleu(tokenize="zh")([chinese]).item()
+    with pytest.raises(ValueError, match=r"tokenize must be one of .*got 'thai'"):
+        Bleu(tokenize="thai")
 
 
 def test_exact_match_forgives_form_only():

@@ -83,8 +83,8 @@ def server(local):
 
 def connect(server, memory: str = "") -> OpenAITeacher:
     return OpenAITeacher(
-        base_url=server[0], model="tiny", api_key_env="", pre_query="<|im_start|>user\n", stop="<|im_end|>",
-        num_parallel=4, timeout_seconds=60.0, max_retries=0, memory=memory,
+        section="teacher", base_url=server[0], model="tiny", api_key_env="", pre_query="<|im_start|>user\n",
+        stop="<|im_end|>", num_parallel=4, timeout_seconds=60.0, max_retries=0, memory=memory,
     )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def server(monkeypatch):
 
 def connect(server, **changes) -> OpenAITeacher:
     settings = {"base_url": server.url, "model": "m", "api_key_env": "", "pre_query": "<user>", "stop": "<end>"}
-    settings |= {"num_parallel": 2, "timeout_seconds": 5.0, "max_retries": 2, "memory": ""}
+    settings |= {"section": "teacher", "num_parallel": 2, "timeout_seconds": 5.0, "max_retries": 2, "memory": ""}
     return OpenAITeacher(**(settings | changes))
 
 

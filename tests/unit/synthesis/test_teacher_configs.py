@@ -4,7 +4,8 @@
 from pathlib import Path
 
 import pytest
-import recipe
+import recipe_checks
+import recipe_parts
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
@@ -40,16 +41,16 @@ def test_every_teacher_goes_with_every_recipe(monkeypatch, name, choice):
     objective = instantiate(cfg.objective)
     assert not objective.needs_teacher, "a server does not judge"
     assert cfg.synthesis.teacher_name == named
-    assert recipe.unfit(cfg) == []
-    assert recipe.unset(cfg) == []
-    assert not any("teacher" in line for line in recipe.missing(cfg))
-    recipe.keys(cfg, recipe.SYNTHESIS + recipe.ALIGNMENT + recipe.EVALUATION)
+    assert recipe_checks.unfit(cfg) == []
+    assert recipe_checks.unset(cfg) == []
+    assert not any("teacher" in line for line in recipe_checks.missing(cfg))
+    recipe_parts.keys(cfg, recipe_parts.SYNTHESIS + recipe_parts.ALIGNMENT + recipe_parts.EVALUATION)
     if name == "rba_tiny":
-        recipe.preflight(cfg)
+        recipe_checks.preflight(cfg)
 
 
 def test_what_a_choice_of_teacher_leaves_open_is_named():
-    assert [line for line in recipe.unset(load("rba_tiny", "teacher=openai")) if "teacher" in line] == [
+    assert [line for line in recipe_checks.unset(load("rba_tiny", "teacher=openai")) if "teacher" in line] == [
         "teacher.model is not set; expected a value: give teacher.model=..."
     ]
 
