@@ -61,7 +61,13 @@ class MagpieTTS:
 
     def _find_tokenizers(self, languages: Sequence[str]) -> dict:
         """Of each language; NeMo would take any for one it does not know."""
-        from nemo.collections.tts.parts.utils.tts_dataset_utils import LANGUAGE_TOKENIZER_MAP
+        try:
+            from nemo.collections.tts.parts.utils.tts_dataset_utils import LANGUAGE_TOKENIZER_MAP
+        except ImportError as error:
+            raise ValueError(
+                "tts is MagpieTTS, whose languages this NeMo does not tell; expected NeMo 3 or newer: update NeMo, or "
+                "choose nemo_rba.synthesis.tts.FastPitchTTS"
+            ) from error
 
         has = set(self._model.tokenizer.tokenizers)
         known = sorted(language for language, names in LANGUAGE_TOKENIZER_MAP.items() if has.intersection(names))
