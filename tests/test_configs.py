@@ -4,9 +4,11 @@
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rba_evaluate
+import recipe
 import recipe_checks
 import recipe_conditions
 import recipe_evaluation
@@ -14,6 +16,7 @@ import recipe_parts
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
+from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from study.runs import Run, config
 
@@ -248,6 +251,15 @@ def test_one_key_changes_what_hangs_on_it():
 def test_8b_rivals_can_be_left_out(name):
     cfg = load(name, "~baselines.sft", "~baselines.forward_kl")
     assert list(recipe_parts.arms(cfg)) == ["rba"]
+
+
+def test_an_arm_that_early_stopping_has_ended_is_finished():
+    stopping = EarlyStopping(monitor="val/obeys", patience=2)
+    trainer = SimpleNamespace(callbacks=[stopping])
+    stopping.wait_count = 1
+    assert not recipe._stopped_early(trainer), "by a time limit, then"
+    stopping.wait_count = 2
+    assert recipe._stopped_early(trainer)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from nemo_rba.algorithms.group_losses import DPOLoss, MinimumRiskLoss
 from nemo_rba.algorithms.importance import MaskedImportance, TruncatedImportance
 from nemo_rba.algorithms.objectives import DistillationLoss, ForwardKLLoss
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts
+from nemo_rba.algorithms.strategy import MegatronStrategy
 from nemo_rba.algorithms.watcher import StopOnCollapse
 from nemo_rba.rewards.mixture import RewardMixture
 from nemo_rba.rewards.teacher import TeacherLikelihood
@@ -248,3 +249,15 @@ def test_losses_without_an_old_policy_tell_how_far_off_the_sampler_was(objective
     module, step = make(objective)
     module._policy[0] = OtherPrecision()
     assert module.align(speech_batch(), step)["health/logprob_error"] == pytest.approx(0.25)
+
+
+def test_training_leaves_the_model_where_it_is():
+    """Lightning's own strategies move it to the host at the end, and NCCL cannot gather it there."""
+    strategy = MegatronStrategy(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0)
+    parts = ("cluster_environment", "precision_plugin", "accelerator", "checkpoint_io")
+    ended = []
+    for part in parts:
+        setattr(strategy, part, SimpleNamespace(teardown=lambda part=part: ended.append(part)))
+    strategy._lightning_module = SimpleNamespace(cpu=lambda: pytest.fail("the model was moved"))
+    strategy.teardown()
+    assert ended == list(parts)

@@ -114,6 +114,30 @@ def test_samples_show_both_directions_and_are_seeded(predictions, tmp_path):
     assert (pages[0].count("| better |"), pages[0].count("| worse |")) == (2, 2)
 
 
+def test_without_a_start_nothing_is_said_of_a_gap(predictions, tmp_path):
+    labels = {name: label for name, label in synthetic.ROLES.systems.items() if label != synthetic.ROLES.start}
+    alone = replace(synthetic.ROLES, systems=labels, start=None)
+    asked = [p for p in predictions if p.system in labels]
+    results = make_report(tmp_path, asked, roles=alone, budget={})
+    with_start = make_report(tmp_path / "both", predictions)
+    ours, theirs = (found["conditions"][0]["whole"] for found in (results, with_start))
+    assert ours["scores"]["RBA"] == theirs["scores"]["RBA"]
+    assert ours["differences"] == theirs["differences"]
+    assert (ours["gap_closed"], ours["gains"]) == ({}, {})
+    score, teacher = (ours["scores"][label]["value"] for label in ("RBA", alone.teacher))
+    assert results["headline"][0].startswith(f"RBA scores {score:.1f} [")
+    assert f"where the teacher, who reads, scores {teacher:.1f} [" in results["headline"][0]
+    page = (tmp_path / "report.md").read_text()
+    assert "minus the start" not in page
+    assert "gap closed" not in page
+    assert "## The first model against the others" in page
+    assert "worse than the teacher" in page
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"systems", "families"}
+    one = replace(alone, systems={n: label for n, label in labels.items() if label != "SFT"}, arms=["RBA"])
+    make_report(tmp_path / "one", [p for p in asked if p.system in one.systems], roles=one, budget={})
+    assert "## The first model" not in (tmp_path / "one" / "report.md").read_text()
+
+
 def test_a_bad_result_is_told_as_one(tmp_path):
     worse = synthetic.make_predictions(NUM_ITEMS, shift={"rba-0": -2, "rba-1": -2, "rba-2": -2})
     sentences = make_report(tmp_path / "worse", worse)["headline"]

@@ -183,6 +183,28 @@ def test_everything_that_is_not_there_is_named_before_any_work(manifest):
         rba_evaluate.check_files(cfg, {}, {})
 
 
+def test_one_model_alone_is_scored_without_a_start(manifest):
+    cfg = config(manifest)
+    expected = [prediction for prediction in evaluated(cfg, manifest) if prediction.system != "start"]
+    (manifest.parent / "read" / "start.jsonl").unlink()
+    cfg = config(manifest, "start=false")
+    sets = rba_evaluate.held_out_sets(cfg)
+    predictions, told = rba_evaluate.saved_predictions(cfg, sets, ["rba"], manifest.parent)
+    assert predictions == expected
+    recipe_evaluation.report(cfg, predictions, sets, ["rba"], manifest.parent, {"curves": None, "budget": {}}, told)
+    results = json.loads((manifest.parent / "results.json").read_text())
+    assert results["identity"]["start model"] == "none"
+    assert list(results["roles"]["systems"]) == ["teacher", "cascade", "rba"]
+
+
+def test_the_model_alone_is_laid_out_as_the_config_says(manifest, tmp_path):
+    cfg = config(manifest, "model.tensor_model_parallel_size=2")
+    folder, file = (recipe_evaluation.model_config(cfg, path) for path in (tmp_path, tmp_path / "x.nemo"))
+    assert (folder.folder, folder.params_dtype) == (str(tmp_path), "float32")
+    assert file._target_.endswith("RBASpeechLM.restore_from")
+    assert {one.tensor_model_parallel_size for one in (folder, file)} == {2}
+
+
 def test_what_scoring_has_cost_reaches_the_report(manifest):
     def reward(rollouts):
         return torch.ones(len(rollouts))

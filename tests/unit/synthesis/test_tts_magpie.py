@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-
-utils = pytest.importorskip("nemo.collections.tts.parts.utils.tts_dataset_utils")
-if not hasattr(utils, "LANGUAGE_TOKENIZER_MAP"):
-    pytest.skip("MagpieTTS tells its languages since NeMo 3", allow_module_level=True)
-
 from nemo.collections.tts.models import AudioCodecModel, MagpieTTSModel
+from nemo.collections.tts.parts.utils import tts_dataset_utils
 from omegaconf import OmegaConf
 
 from nemo_rba.synthesis.tts_magpie import MagpieTTS
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(tts_dataset_utils, "LANGUAGE_TOKENIZER_MAP"), reason="MagpieTTS tells its languages since NeMo 3"
+)
 
 WIDTH, NUM_VOICES, NUM_FRAMES = 32, 3, 6
 AUDIO = "nemo.collections.tts.modules.audio_codec_modules"
