@@ -147,7 +147,8 @@ class Objective(Protocol):
     """A loss that sees log-probabilities, never a model.
 
     The ``needs_*`` fields say what the loop must put in the batch. With ``teacher_topk`` = K > 0 the loss gets the
-    student's log-probabilities at the teacher's K candidates, (N, T, K), else of the tokens, (N, T);
+    student's log-probabilities at the teacher's K candidates, (N, T, K), else of the tokens, (N, T); one that has
+    ``needs_sampled`` set gets the token itself as one more, last candidate, (N, T, K + 1).
     ``needs_teacher`` asks for the teacher's log-probability of the tokens and has nothing to do with that.
     """
 

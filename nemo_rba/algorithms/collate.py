@@ -112,6 +112,9 @@ def _judgement(rollouts: Sequence[Rollout], objective: Objective, teacher: Likel
         fields["teacher_logprobs"] = pad_sequences(teacher.logprobs(prompts, tokens), pad_value=0.0)[0]
     if objective.teacher_topk:
         ids, values = zip(*teacher.topk_logprobs(prompts, tokens, objective.teacher_topk), strict=True)
+        if getattr(objective, "needs_sampled", False):  # of the token itself the teacher's value is not asked for
+            ids = [torch.cat((some, own[:, None]), 1) for some, own in zip(ids, tokens, strict=True)]
+            values = [torch.nn.functional.pad(some, (0, 1)) for some in values]
         fields["teacher_topk_ids"] = pad_sequences(ids, pad_value=0)[0]
         fields["teacher_topk_logprobs"] = pad_sequences(values, pad_value=0.0)[0]
     return fields

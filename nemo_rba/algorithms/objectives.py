@@ -4,6 +4,7 @@
 | loss               | what it needs                       | source                             | file             |
 |--------------------|-------------------------------------|------------------------------------|------------------|
 | ClippedPolicyLoss  | own answers, advantages, or teacher | PPO, GRPO, DAPO, on-policy distil. | here             |
+| JudgedPolicyLoss   | the same, the teacher's likeliest   | the same, and GKD 2306.13649       | here             |
 | DistillationLoss   | the teacher's answers               | 1606.07947                         | here             |
 | ForwardKLLoss      | the teacher's likeliest tokens      | token-level distillation           | here             |
 | ReverseKLLoss      | the same                            | GKD 2306.13649, beta = 1           | here             |
@@ -25,10 +26,11 @@ Deltas from the textbook:
 - Entropy is the mean of -log pi over the sampled tokens: no logits come this far. Losses for own answers that see the
   teacher's candidates have that of these and of all other tokens as one.
 
-Shapes: logprobs (N, T), or (N, T, K) for the losses with ``teacher_topk`` = K > 0.
+Shapes: logprobs (N, T), or (N, T, K) for the losses with ``teacher_topk`` = K > 0, (N, T, K + 1) if ``needs_sampled``.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,6 +42,7 @@ from nemo_rba.algorithms.loss_terms import (
     candidate_entropy,
     candidates,
     check_clip,
+    given,
     real,
     require,
     tail,
@@ -97,6 +100,44 @@ class ClippedPolicyLoss(PolicyGradientLoss):
         """See ``PolicyGradientLoss``."""
         ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         return clipped_surrogate(ratio, advantages, self.clip_low, self.clip_high)
+
+
+class JudgedPolicyLoss(ClippedPolicyLoss):
+    """RBA whose teacher judges by its whole distribution before each token, not by the one token that was sampled.
+
+        loss = ClippedPolicyLoss without dense part + judgement_weight * judgement
+
+    In ``ClippedPolicyLoss`` the teacher's opinion of a sampled token is an estimate, by one sample, of the reverse KL's
+    gradient. Here ``judgement``, e.g. GKD's divergence on own answers, has no such noise; the reward stays a policy
+    gradient.
+
+    Args:
+        judgement: a loss over the teacher's candidates, such as ``GeneralizedJSDLoss``.
+        judgement_weight: of it, above 0.
+        others: as for ``ClippedPolicyLoss``.
+    """
+
+    needs_sampled = True  # one more candidate, the last one: the token that was sampled
+
+    def __init__(
+        self, *, clip_low: float, clip_high: float, kl_coefficient: float, kl_estimator: str, aggregation: str | int,
+        judgement, judgement_weight: float,
+    ):  # fmt: skip
+        super().__init__(
+            clip_low=clip_low, clip_high=clip_high, kl_coefficient=kl_coefficient, kl_estimator=kl_estimator,
+            dense_weight=0.0, dense_clip=1.0, aggregation=aggregation,
+        )  # fmt: skip
+        require(judgement_weight > 0, "judgement_weight", judgement_weight, "above 0")
+        require(judgement.teacher_topk > 0, "judgement.teacher_topk", judgement.teacher_topk, "1 or more")
+        self.judgement, self.judgement_weight = judgement, judgement_weight
+        self.teacher_topk = judgement.teacher_topk
+
+    def __call__(self, logprobs: Tensor, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """logprobs (N, T, K + 1): the teacher's candidates, then the sampled token."""
+        teacher = given(batch.teacher_topk_logprobs, "teacher_topk_logprobs", self)
+        loss, metrics = super().__call__(logprobs[..., -1], batch)
+        judged, more = self.judgement(logprobs[..., :-1], replace(batch, teacher_topk_logprobs=teacher[..., :-1]))
+        return loss + self.judgement_weight * judged, metrics | more
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

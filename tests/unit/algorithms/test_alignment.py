@@ -14,7 +14,7 @@ from nemo_rba.algorithms.controllers import AdaptiveKL, KLAdaptiveLR
 from nemo_rba.algorithms.controls import RunStopped
 from nemo_rba.algorithms.group_losses import DPOLoss, MinimumRiskLoss
 from nemo_rba.algorithms.importance import MaskedImportance, TruncatedImportance
-from nemo_rba.algorithms.objectives import DistillationLoss, ForwardKLLoss
+from nemo_rba.algorithms.objectives import DistillationLoss, ForwardKLLoss, GeneralizedJSDLoss, JudgedPolicyLoss
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts
 from nemo_rba.algorithms.strategy import MegatronStrategy
 from nemo_rba.algorithms.watcher import StopOnCollapse
@@ -261,3 +261,15 @@ def test_training_leaves_the_model_where_it_is():
     strategy._lightning_module = SimpleNamespace(cpu=lambda: pytest.fail("the model was moved"))
     strategy.teardown()
     assert ended == list(parts)
+
+
+def test_the_sampled_token_is_the_last_candidate_where_a_loss_wants_both():
+    settings = {"clip_low": 0.2, "clip_high": 0.2, "kl_coefficient": 0.0, "kl_estimator": "k3"}
+    judgement = GeneralizedJSDLoss(beta=0.5, teacher_topk=1)
+    objective = JudgedPolicyLoss(**settings, aggregation="token_mean", judgement=judgement, judgement_weight=1.0)
+    module, step = make(objective, teacher=FakeTeacher())
+    module.align(speech_batch(), step)
+    (batch,) = module.policy.seen
+    assert batch.teacher_topk_ids.shape == (16, 2, 2)
+    assert (batch.teacher_topk_ids[..., 0] == torch.tensor([0, 2])).all(), "the teacher's likeliest"
+    assert torch.equal(batch.teacher_topk_ids[..., 1], batch.response_ids)

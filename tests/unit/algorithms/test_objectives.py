@@ -12,6 +12,7 @@ from nemo_rba.algorithms.objectives import (
     DistillationLoss,
     ForwardKLLoss,
     GeneralizedJSDLoss,
+    JudgedPolicyLoss,
     ReverseKLLoss,
 )
 from nemo_rba.algorithms.policy_losses import CISPOLoss, DualClipLoss, GSPOLoss, ReinforceLoss
@@ -297,3 +298,26 @@ def test_losses_for_own_answers_tell_the_entropy(make):
     whole = torch.randn(1, 1, 7).log_softmax(-1)
     _, metrics = make(teacher_topk=7)(whole, replace(batch, teacher_topk_logprobs=whole))
     torch.testing.assert_close(metrics["entropy"], -(whole.exp() * whole).sum())
+
+
+def test_a_policy_judged_by_distributions_is_the_sum_of_its_parts():
+    tokens, candidates, batch = random_case()
+    judgement, settings = GeneralizedJSDLoss(beta=0.3, teacher_topk=5), {"kl_coefficient": 0.1, "aggregation": 6}
+    without = {name: value for name, value in (SETTINGS | settings).items() if not name.startswith("dense")}
+    judged = JudgedPolicyLoss(judgement=judgement, judgement_weight=0.7, **without)
+    assert (judged.teacher_topk, judged.needs_teacher, judged.needs_advantages) == (5, False, True)
+    teacher = torch.nn.functional.pad(batch.teacher_topk_logprobs, (0, 1), value=float("nan"))
+    both = torch.cat((candidates, tokens[..., None]), -1).requires_grad_()
+    loss, metrics = judged(both, replace(batch, teacher_topk_logprobs=teacher))
+    loss.backward()
+    alone = [logprobs.clone().requires_grad_() for logprobs in (tokens, candidates)]
+    parts = [policy_loss(**settings)(alone[0], batch), judgement(alone[1], batch)]
+    expected = parts[0][0] + 0.7 * parts[1][0]
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(both.grad, torch.cat((alone[1].grad, alone[0].grad[..., None]), -1))
+    assert metrics == parts[0][1] | parts[1][1]
+    with pytest.raises(ValueError, match="judgement_weight"):
+        JudgedPolicyLoss(judgement=judgement, judgement_weight=0.0, **without)
+    with pytest.raises(ValueError, match=r"judgement\.teacher_topk"):
+        JudgedPolicyLoss(judgement=DistillationLoss(), judgement_weight=1.0, **without)
