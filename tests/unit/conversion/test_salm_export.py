@@ -84,7 +84,7 @@ def test_no_exported_tokenizer_has_names_that_transformers_4_does_not_know(speec
         config = json.loads((folder / "tokenizer_config.json").read_text())
         assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert "<|audio|>" in config["additional_special_tokens"]
-        assert "extra_special_tokens" not in config
+        assert not isinstance(config.get("extra_special_tokens"), list), "4 wants a mapping there"
 
 
 def _change_weights(folder, change):
