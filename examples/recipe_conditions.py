@@ -24,7 +24,7 @@ def check_conditions(cfg: DictConfig) -> None:
     Raises:
         SystemExit: a condition has a key that means nothing, or names a split that is not made.
     """
-    made = [split.name for split in cfg.synthesis.splits]
+    made = [split.name for split in cfg.synthesis.splits if split.size]
     try:
         sets = held_out_sets(cfg, Path())
         wrong = [

@@ -87,7 +87,7 @@ def noise() -> NoiseAugmentation:
 def pipeline(output: Path, num_items: int, num_words: int) -> SelfSynthesis:
     """The whole of synthesis, without a teacher."""
     train = Split(name="train", size=num_items, tts=voices(), augment=noise(), instructions_of="train", shares={},
-                  seen_speakers=True, num_responses=1)  # fmt: skip
+                  seen_speakers=True, num_responses=1, every_voice=False)  # fmt: skip
     return SelfSynthesis(
         teacher=None, teacher_name="none", sampler=RandomWords(num_words=num_words, batch_size=500),
         instruction_filters=[DuplicateFilter()], spoken_form=None, speech_filters=[], response_filters=[],
@@ -131,7 +131,7 @@ def stages(*, clips: int, num_words: int, repeats: int) -> list[Cost]:
             stage = SpeechStage(output=folder, teacher_name="none", quality=quality, max_duration_seconds=20.0,
                                 shard_size=clips, audio_format="flac", seed=1, scratch=folder / "scratch",
                                 has_ended=lambda: False, max_failed_share=0.5)  # fmt: skip
-            stage.make(items, split="train", shard=0, tts=tts, augment=augment)()
+            stage.make(items, [tts.speakers] * len(items), split="train", shard=0, tts=tts, augment=augment)()
 
         return make
 

@@ -32,7 +32,7 @@ def reading_blocks(
                 change, p_value = number(difference, sign=True), probability(difference)
             rows.append([label, number(score), change, p_value])
         blocks += [
-            Heading(f"On text: {condition.name} ({condition.whole.num_items} items)"),
+            Heading(f"On text: {condition.name} ({condition.whole.size})"),
             Paragraph(
                 "The same words, read instead of heard. An arm that falls behind the start model here has forgotten."
                 if roles.start
@@ -76,7 +76,7 @@ def gap_blocks(
             scores = (known[name].whole.scores[label] for name in (heard, read))
             rows.append([label, *(number(score) for score in scores), number(lost, sign=True), probability(lost)])
         blocks += [
-            Heading(f"The modality gap of each model: {heard} against {read} ({known[read].whole.num_items} items)"),
+            Heading(f"The modality gap of each model: {heard} against {read} ({known[read].whole.size})"),
             Table(["who", "heard", "read", "heard minus read, points", "p"], rows),
         ]
     return blocks
@@ -92,7 +92,7 @@ def _same_items(held_out: Mapping[str, HeldOut], known: Mapping[str, Condition])
         and not (held_out[heard].typed or held_out[heard].augmentation or held_out[heard].curve)
         and held_out[read].manifest == held_out[heard].manifest
         and known[read].quantity == known[heard].quantity
-        and known[read].whole.num_items == known[heard].whole.num_items
+        and known[read].whole.num_clips == known[heard].whole.num_clips
     ]
 
 

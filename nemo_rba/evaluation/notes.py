@@ -10,11 +10,22 @@ from nemo_rba.evaluation.runner import Prediction
 NUM_SEEDS_FOR_A_CLAIM = 3
 
 
+def _clusters(conditions: Sequence[Condition]) -> list[str]:
+    several = [c.name for c in conditions if c.whole.num_clips > c.whole.num_items]
+    if not several:
+        return []
+    return [
+        f"{', '.join(several)}: an item is heard in several voices; resamples have all of its clips or none, and the "
+        "score is the mean over clips."
+    ]
+
+
 def honest_notes(conditions: Sequence[Condition], roles: Roles, num_draws: int) -> list[str]:
     """What a reader of these very tables has to know."""
     notes = [
         f"Intervals: 95 %, percentile bootstrap over items, {num_draws} draws, paired across systems, of the mean over "
         "seeds. They do not contain the variation between training seeds, which the rings show.",
+        *_clusters(conditions),
         "Bold marks the best arm on this very test set, where another one is behind it: a description, no claim.",
     ]
     parts = [part for c in conditions for part in (c.whole, *c.families.values(), *c.voices.values())]

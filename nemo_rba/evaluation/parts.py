@@ -84,14 +84,14 @@ def _judged_by(condition: Condition, roles: Roles) -> str:
 def _told(condition: Condition, roles: Roles, num_shown: int) -> str:
     """Which voices these are, and how many are left out and why."""
     known, few = len(condition.voices), condition.num_voices - len(condition.voices)
-    heard = sum(part.num_items for part in condition.voices.values())
+    heard = sum(part.num_clips for part in condition.voices.values())
     words = [f"{condition.num_voices} voices speak; that on which {_judged_by(condition, roles)} does worst is on top."]
     if num_shown < known:
         words.append(f"The {num_shown // 2} worst and as many best of {known} are shown; results.json has all.")
     if few:
         words.append(f"Left out, with fewer than {MIN_ITEMS_OF_A_VOICE} items: {few}.")
-    if heard < condition.whole.num_items:
-        words.append(f"These are {heard} of {condition.whole.num_items} items.")
+    if heard < condition.whole.num_clips:
+        words.append(f"These are {heard} of {condition.whole.num_clips} items.")
     words.append("The worst of several is worst by chance too: read the intervals.")
     return " ".join(words)
 

@@ -87,7 +87,7 @@ def systems_figure(conditions: Sequence[Condition], roles: Roles) -> bytes:
                 if label in whole.scores:
                     _dot(axes, row, whole.scores[label], _colour(label, roles), whole.seeds[label])
             _rows(axes, labels, roles)
-            axes.set_title(f"{condition.name} ({whole.num_items} items)")
+            axes.set_title(f"{condition.name} ({whole.size})")
             axes.set_xlabel(condition.quantity or "score, %")
         _share_x(panels)
         return _png(figure)

@@ -105,7 +105,7 @@ def _headline(condition: Condition, roles: Roles) -> list[str]:
     closed, seeds = whole.gap_closed.get(first), len(whole.seeds[first])
     arm, teacher = (whole.scores[label].value for label in (first, roles.teacher))
     before = f"{whole.scores[roles.start].value:.1f}" if roles.start else ""
-    basis = f"{condition.name}, {whole.num_items} items, {seeds} seed{'s' if seeds > 1 else ''}"
+    basis = f"{condition.name}, {whole.size}, {seeds} seed{'s' if seeds > 1 else ''}"
     if closed is None:
         sentences = [
             f"{first} scores {number(whole.scores[first])} where the teacher, who reads, scores "
@@ -129,7 +129,7 @@ def _headline(condition: Condition, roles: Roles) -> list[str]:
 def _systems(conditions: Sequence[Condition], roles: Roles) -> list[Block]:
     columns = [dict(zip(roles.labels, cells(c.whole.scores, roles), strict=True)) for c in conditions]
     rows = [[label, str(len(roles.seeds(label))), *(found[label] for found in columns)] for label in roles.labels]
-    header = ["system", "seeds", *(f"{_described(c)} ({c.whole.num_items} items)" for c in conditions)]
+    header = ["system", "seeds", *(f"{_described(c)} ({c.whole.size})" for c in conditions)]
     caption = (
         "Dots: score, mean over seeds. Bars: 95 % interval over items. Rings: single seeds. Hairlines: "
         f"{'start, teacher' if roles.start else 'teacher'}."

@@ -53,12 +53,18 @@ class Roles:
 class Slice:
     """Some items of one condition, all systems on the same ones."""
 
-    num_items: int
+    num_items: int  # that differ in more than who speaks them: what is drawn in resamples
+    num_clips: int  # as many, or more where items are spoken in several voices
     scores: dict[str, Interval]  # label -> score in percent, mean over seeds
     seeds: dict[str, list[float]]  # label -> score of each seed
     gap_closed: dict[str, Interval]  # arm -> percent of the gap between start and teacher; {} without a start
     gains: dict[str, Interval]  # arm -> arm minus start, in points, with a p-value; {} without a start
     differences: dict[str, Interval]  # rival arm -> first arm minus rival, in points, with a p-value
+
+    @property
+    def size(self) -> str:
+        """How much was asked, in words."""
+        return f"{self.num_items} items" + (f", {self.num_clips} clips" if self.num_clips > self.num_items else "")
 
     def best_arm(self, arms: Iterable[str]) -> str:
         return max(arms, key=lambda arm: self.scores[arm].value)
@@ -129,7 +135,8 @@ def _condition(name: str, predictions: list[Prediction], roles: Roles, num_draws
 
     def part(rows: Sequence[int], measure: str, *, has_gap: bool) -> Slice:
         some = {system: [answers[row] for row in rows] for system, answers in table.items()}
-        return _slice(_arrays(some, measure), roles, _bootstrap(some, measure, num_draws, seed), has_gap=has_gap)
+        bootstrap, size = _bootstrap(some, measure, num_draws, seed), max(_clusters(some)) + 1
+        return _slice(_arrays(some, measure), roles, bootstrap, num_items=size, has_gap=has_gap)
 
     def parts(group: list[str], *, at_least: int = 1) -> dict[str, Slice]:
         rows = {g: [r for r, its in enumerate(group) if its == g] for g in sorted(set(group) - {""})}
@@ -172,8 +179,13 @@ def _arrays(table: dict[str, list[Prediction]], measure: str) -> dict[str, np.nd
 
 
 def _bootstrap(table: dict[str, list[Prediction]], measure: str, num_draws: int, seed: int) -> Bootstrap:
-    num_items = len(next(iter(table.values())))
-    return Bootstrap(num_items=num_items, num_draws=num_draws, seed=seed, corpus_score=corpus_score(measure))
+    return Bootstrap(clusters=_clusters(table), num_draws=num_draws, seed=seed, corpus_score=corpus_score(measure))
+
+
+def _clusters(table: dict[str, list[Prediction]]) -> list[int]:
+    """For each row a number that is shared by those that differ in nothing but their voice."""
+    numbers: dict[tuple[str, str, str], int] = {}
+    return [numbers.setdefault((p.text, p.context, p.reference), len(numbers)) for p in next(iter(table.values()))]
 
 
 def _by_system(condition: str, predictions: list[Prediction], roles: Roles) -> dict[str, list[Prediction]]:
@@ -203,13 +215,16 @@ def _pair(condition: str, predictions: list[Prediction], systems: Sequence[str])
     return {system: [answers[id] for id in ids] for system, answers in table.items()}
 
 
-def _slice(items: dict[str, np.ndarray], roles: Roles, bootstrap: Bootstrap, *, has_gap: bool) -> Slice:
+def _slice(
+    items: dict[str, np.ndarray], roles: Roles, bootstrap: Bootstrap, *, num_items: int, has_gap: bool
+) -> Slice:  # fmt: skip
     seeds = {label: [items[s] for s in roles.seeds(label) if s in items] for label in roles.labels}
     arms = {label: np.stack(arrays) for label, arrays in seeds.items() if arrays}
     first, rivals = roles.arms[0], [arm for arm in roles.arms[1:] if arm in arms]
     start, teacher = (arms.get(label) for label in (roles.start, roles.teacher))
     return Slice(
-        num_items=next(iter(arms.values())).shape[1],
+        num_items=num_items,
+        num_clips=next(iter(arms.values())).shape[1],
         scores={label: bootstrap.score(arrays) for label, arrays in arms.items()},
         seeds={label: [bootstrap.value(array) for array in arrays] for label, arrays in arms.items()},
         gap_closed={

@@ -5,11 +5,12 @@ A system's results are an array (I, S): what every item adds to S sums; its scor
 ratio of two of them (``tasks.py``, ``measures.py``). Results of K training seeds are (K, I, S), and their score is the
 mean of the seeds' scores. One ``Bootstrap`` draws its resamples once and uses them for all systems: a resample with
 hard items is hard for everyone, so differences and ratios between systems get the narrower intervals that pairing
-earns.
+earns. Items that are one, but for who speaks, are drawn together: they say less than as many of their own (the
+bootstrap of clusters, Davison and Hinkley 1997, 3.8).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -57,23 +58,30 @@ class Bootstrap:
     """Resamples of I items, shared by every estimate that is made with it.
 
     Args:
-        num_items: I.
+        clusters: for each of the I items the number of its cluster, from 0 on; a resample has a whole cluster or
+            nothing of it. ``range(I)`` draws every item for itself.
         num_draws: resamples; 2000 are plenty for two digits.
         seed: of the resamples.
         corpus_score: makes a score of summed results, or of items.
     """
 
     def __init__(
-        self, *, num_items: int, num_draws: int, seed: int, corpus_score: CorpusScore | ScoreOfItems = ratio_of_sums
+        self,
+        *,
+        clusters: Sequence[int],
+        num_draws: int,
+        seed: int,
+        corpus_score: CorpusScore | ScoreOfItems = ratio_of_sums,
     ):
-        if num_items < 1 or num_draws < 1:
+        self._clusters = np.asarray(clusters, dtype=int)
+        if not len(self._clusters) or num_draws < 1:
             raise ValueError(
-                f"a bootstrap needs items and draws, got num_items {num_items} and num_draws {num_draws}: is the "
+                f"a bootstrap needs items and draws, got {len(self._clusters)} items and num_draws {num_draws}: is the "
                 "held-out set empty, or report.num_draws 0?"
             )
-        rng = np.random.default_rng(seed)
-        counts = rng.multinomial(num_items, np.full(num_items, 1 / num_items), size=num_draws)
-        self._counts = np.vstack([np.ones(num_items), counts])  # (1 + D, I): row 0 is the sample itself
+        size = self._clusters.max() + 1
+        counts = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=num_draws)
+        self._counts = np.vstack([np.ones(size), counts])[:, self._clusters]  # (1 + D, I): row 0 is the sample itself
         self._corpus_score = corpus_score
         self._seed = seed
         self._known: dict[bytes, np.ndarray] = {}  # of a score of items, which takes its time
@@ -97,7 +105,12 @@ class Bootstrap:
         if not interval.is_defined or isinstance(self._corpus_score, ScoreOfItems):
             return interval
         p_value = randomisation_test(
-            items, other, num_draws=len(self._counts) - 1, seed=self._seed, corpus_score=self._corpus_score
+            items,
+            other,
+            clusters=self._clusters,
+            num_draws=len(self._counts) - 1,
+            seed=self._seed,
+            corpus_score=self._corpus_score,
         )
         return replace(interval, p_value=p_value)
 
@@ -130,7 +143,13 @@ class Bootstrap:
 
 
 def randomisation_test(
-    items: np.ndarray, other: np.ndarray, *, num_draws: int, seed: int, corpus_score: CorpusScore = ratio_of_sums
+    items: np.ndarray,
+    other: np.ndarray,
+    *,
+    num_draws: int,
+    seed: int,
+    clusters: np.ndarray | None = None,
+    corpus_score: CorpusScore = ratio_of_sums,
 ) -> float:
     """Two-sided p-value of two systems' scores being different, by paired approximate randomisation.
 
@@ -144,12 +163,14 @@ def randomisation_test(
         items, other: (I, S), or (K, I, S) of K seeds; unequal numbers of seeds are repeated until they are equal.
         num_draws: random exchanges.
         seed: of the exchanges.
+        clusters: (I,) as for ``Bootstrap``: a cluster's items are exchanged together; None exchanges every item alone.
         corpus_score: makes a score of summed results.
     """
     items, other = _seeds(items), _seeds(other)
     num_seeds = math.lcm(len(items), len(other))
     items, other = (np.tile(seeds, (num_seeds // len(seeds), 1, 1)) for seeds in (items, other))
-    exchanged = np.random.default_rng(seed).integers(2, size=(num_draws, items.shape[1]), dtype=bool)
+    clusters = np.arange(items.shape[1]) if clusters is None else clusters
+    exchanged = np.random.default_rng(seed).integers(2, size=(num_draws, clusters.max() + 1), dtype=bool)[:, clusters]
     exchanged = np.vstack([np.zeros_like(exchanged[:1]), exchanged]).astype(float)  # (1 + D, I): row 0 exchanges none
     differences = np.zeros(len(exchanged))
     for ours, theirs in zip(items, other, strict=True):

@@ -36,7 +36,7 @@ from nemo_rba.synthesis.orders import SCRATCH, Orders
 from nemo_rba.synthesis.quality import QualityControl
 from nemo_rba.synthesis.shards import Shards
 from nemo_rba.synthesis.speech import SpeechStage
-from nemo_rba.synthesis.splits import Split, check_disjoint, check_splits
+from nemo_rba.synthesis.splits import Split, check_disjoint, check_splits, made
 from nemo_rba.synthesis.spoken_form import SpokenForm
 from nemo_rba.synthesis.text import BARREN_SAMPLES, TextResult, TextStage, TextWork
 from nemo_rba.types import SamplingParams
@@ -86,6 +86,7 @@ class SelfSynthesis:
             raise ValueError(f"synthesis.on_change is {on_change!r}; expected 'refuse' or 'restart'")
         if batches_at_once < 1:
             raise ValueError(f"synthesis.batches_at_once is {batches_at_once}; expected at least 1")
+        splits = made(splits)
         self._teacher_name, self._splits = teacher_name, splits
         self._max_batches, self._allow_fewer, self._on_change = max_batches, allow_fewer, on_change
         self._output, self._quality, self._seed = Path(output), quality, seed
@@ -249,7 +250,7 @@ def _check_output(output: Path, splits: Sequence[Split]) -> None:
         free = shutil.disk_usage(output).free
     except OSError as error:
         raise ValueError(f"cannot write to {output} (synthesis.output): {error}; choose a writable folder") from error
-    needed = sum(split.size * split.tts.sampling_rate * 2 for split in splits) * CLIP_SECONDS_GUESS
+    needed = sum(split.num_utterances * split.tts.sampling_rate * 2 for split in splits) * CLIP_SECONDS_GUESS
     if free < needed:
         raise ValueError(f"{output} (synthesis.output) has {free / 1e9:.2f} GB left, the speech takes about "
                          f"{needed / 1e9:.2f} GB; free some space or choose another disk")  # fmt: skip

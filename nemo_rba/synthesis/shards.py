@@ -31,24 +31,24 @@ class Shards:
                  quality: QualityControl | None, lost: Callable[[], None], show: bool):  # fmt: skip
         self._splits, self._speech, self._orders = splits, speech, orders
         self._quality, self._lost = quality, lost
-        self._begun = Counter()  # split -> items whose shards were added
+        self._begun = Counter()  # split -> utterances whose shards were added
         self._queue: deque[tuple[Key, list[Instruction]]] = deque()
         self._waiting: dict[Key, int] = {}  # items of what was ordered, or was there before
         self._reports: dict[Key, dict] = {}
         self._dropped: dict[str, Counter] = {split.name: Counter() for split in splits}  # by reason
-        total = sum(split.size for split in splits)
+        total = sum(split.num_utterances for split in splits)
         self._progress = tqdm(total=total, desc="speech", unit="clip", position=1, disable=not show)
 
     def add(self, instructions: Mapping[str, Sequence[Instruction]], *, finished: bool) -> None:
         """The shards whose instructions are known; all of them, if no more will be ``finished``."""
         size = self._speech.shard_size
         for split in self._splits:
-            found = instructions.get(split.instructions_of, ())
-            known = min(len(found), split.size)
-            whole = known if finished or known == split.size else known // size * size
+            found, casts = instructions.get(split.instructions_of, ()), len(split.casts)
+            known = min(len(found), split.size) * casts
+            whole = known if finished or known == split.num_utterances else known // size * size
             for start in range(self._begun[split.name], whole, size):
-                items = found[start : min(start + size, whole)]
-                named = [replace(item, id=f"{split.name}-{start + n:06d}") for n, item in enumerate(items)]
+                numbers = range(start, min(start + size, whole))
+                named = [replace(found[n // casts], id=f"{split.name}-{n:06d}") for n in numbers]
                 self._queue.append(((split.name, start // size), named))
             self._begun[split.name] = max(whole, self._begun[split.name])
         self.collect()
@@ -99,7 +99,10 @@ class Shards:
         """Make one shard; on any rank."""
         split = next(split for split in self._splits if split.name == order["split"])
         items = [Instruction(**(item | {"aliases": tuple(item["aliases"])})) for item in order["items"]]
-        return self._speech.make(items, split=split.name, shard=order["shard"], tts=split.tts, augment=split.augment)
+        first = order["shard"] * self._speech.shard_size
+        casts = [split.casts[(first + n) % len(split.casts)] for n in range(len(items))]
+        where = {"split": split.name, "shard": order["shard"]}
+        return self._speech.make(items, casts, **where, tts=split.tts, augment=split.augment)
 
     def _all_done(self) -> bool:
         self.collect()
@@ -113,7 +116,7 @@ class Shards:
         self._progress.update(report["items"])
         self._reports[key] = report
         self._dropped[key[0]].update(row["reason"] for row in report["dropped"])
-        self._check_losses(key[0], next(split.size for split in self._splits if split.name == key[0]))
+        self._check_losses(key[0], next(split.num_utterances for split in self._splits if split.name == key[0]))
 
     def _check_losses(self, name: str, asked: int) -> None:
         lost = self._dropped[name]

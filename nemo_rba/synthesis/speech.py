@@ -49,7 +49,7 @@ class SpeechStage:
         audio_format: ``flac`` or ``wav``.
         max_failed_share: of a split's clips that this stage may lose without the checks: texts that the synthesizer
             refuses or fails on, clips that are too long, empty or no numbers. ``Shards`` stops where it is more.
-        seed: with an instruction's id it decides the speaker.
+        seed: with an item's id it decides the speaker.
         scratch: folder on the same disk for shards that are not finished; made when needed.
         has_ended: asked before every call of the synthesizer; True breaks the shard off.
 
@@ -84,9 +84,12 @@ class SpeechStage:
         names = (path.stem.rpartition(".") for path in (self._output / "speech").glob("*.json"))
         return {(split, int(shard)) for split, _, shard in names}
 
-    def make(self, items: Sequence[Instruction], *, split: str, shard: int, tts: TTS,
+    def make(self, items: Sequence[Instruction], casts: Sequence[Sequence[str]], *, split: str, shard: int, tts: TTS,
              augment: Augmentation | None) -> Place:  # fmt: skip
         """Make one shard in a temporary folder; what is returned moves it into place, the report last.
+
+        Args:
+            casts: for each item, the speakers of ``tts`` of whom one is drawn.
 
         Raises:
             Closed: the job has ended meanwhile.
@@ -105,7 +108,8 @@ class SpeechStage:
                     shutil.rmtree(temporary, ignore_errors=True)
                     raise Closed
                 batch = items[start : start + CLIPS_PER_CALL]
-                for item, clip in zip(batch, self._utter(batch, tts, augment, report), strict=True):
+                speakers = list(map(self._draw_speaker, batch, casts[start : start + CLIPS_PER_CALL]))
+                for item, clip in zip(batch, self._utter(batch, speakers, tts, augment, report), strict=True):
                     if isinstance(clip, str):
                         report["dropped"].append({"id": item.id, "text": item.text, "reason": clip})
                     else:
@@ -128,10 +132,10 @@ class SpeechStage:
         return self._output / "speech" / f"{split}.{shard:06d}.json"
 
     def _utter(
-        self, items: Sequence[Instruction], tts: TTS, augment: Augmentation | None, report: dict
-    ) -> list[Utterance | str]:
+        self, items: Sequence[Instruction], speakers: Sequence[str], tts: TTS, augment: Augmentation | None,
+        report: dict,
+    ) -> list[Utterance | str]:  # fmt: skip
         """For each instruction its utterance, or why there is none; what the checks found goes into ``report``."""
-        speakers = [self._draw_speaker(tts, item) for item in items]
         audio = _synthesize(tts, items, speakers)
         clips = [
             self._clip(*spoken, tts.sampling_rate) for spoken in zip(items, speakers, audio, strict=True)
@@ -166,9 +170,9 @@ class SpeechStage:
         _check_mono(audio, f"the augmentation {type(augment).__name__}")
         return _sound(self._clip(clip.instruction, clip.speaker, audio, clip.sampling_rate), " after augmentation")
 
-    def _draw_speaker(self, tts: TTS, item: Instruction) -> str:
+    def _draw_speaker(self, item: Instruction, cast: Sequence[str]) -> str:
         rng = keyed_rng(self._seed, f"speaker/{item.id}")
-        return tts.speakers[int(rng.integers(len(tts.speakers)))]
+        return cast[int(rng.integers(len(cast)))]
 
 
 def _count(clip: Utterance, languages: Mapping[str, str], report: dict) -> None:

@@ -4,6 +4,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from nemo_rba.protocols import TTS
 from nemo_rba.synthesis.augment import Augmentation, check_rate
@@ -12,18 +13,34 @@ from nemo_rba.synthesis.text import Quota
 from nemo_rba.types import Instruction, SamplingParams
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Split:
     """One named set of utterances."""
 
     name: str  # folder below the output
-    size: int  # utterances
+    size: int  # utterances, or instructions where each is in ``every_voice``; 0 leaves the split out
     tts: TTS  # its voices
     augment: Augmentation | None  # None = clean speech
     instructions_of: str  # its own name, or the split whose first ``size`` instructions it speaks again
     shares: Mapping[str, float]  # kind -> share of ``size``, e.g. {open: 0.5, closed: 0.5}; {} = as they come
     seen_speakers: bool  # True allows voices of the training split
     num_responses: int  # of the teacher to each instruction, in as many utterances
+    every_voice: bool  # True speaks each instruction in every voice, False in one that is drawn
+
+    @cached_property
+    def casts(self) -> list[list[str]]:
+        """Whom the speaker is drawn from: all speakers; with ``every_voice`` those of each voice, one after the other.
+
+        An instruction is spoken once by each cast.
+        """
+        if not self.every_voice:
+            return [list(self.tts.speakers)]
+        voices = voices_of(self.tts)
+        return [[s for s in self.tts.speakers if voices[s] == voice] for voice in dict.fromkeys(voices.values())]
+
+    @property
+    def num_utterances(self) -> int:
+        return self.size * len(self.casts)
 
     def quotas(self) -> dict[Quota, int]:
         """How many instructions of each kind to find; none where another split's are spoken."""
@@ -60,15 +77,16 @@ def check_splits(
     Args:
         language: that all voices must speak, as far as they tell, see ``check_language``; None for any.
     """
+    splits = made(splits)
     by_name = {split.name: split for split in splits}
     if len(by_name) != len(splits) or train_split not in by_name:
         raise ValueError(f"synthesis.splits are {[s.name for s in splits]}, synthesis.train_split is {train_split!r}; "
                          "expected different names, the training split among them")  # fmt: skip
     train = by_name[train_split]
     for split in splits:
-        if split.size < 1 or split.instructions_of not in by_name:
+        if split.size < 0 or split.instructions_of not in by_name:
             raise ValueError(f"split {split.name}: size {split.size}, instructions_of {split.instructions_of!r}; "
-                             f"expected a size of at least 1 and one of {sorted(by_name)}")  # fmt: skip
+                             f"expected a size of at least 0 and one of {sorted(by_name)}")  # fmt: skip
         if split.num_responses < 1 or (split.num_responses > 1 and response_params.temperature == 0):
             raise ValueError(f"split {split.name}: num_responses {split.num_responses} at response_params.temperature "
                              f"{response_params.temperature:g}; expected at least 1, and for several a temperature "
@@ -94,6 +112,11 @@ def check_splits(
             raise ValueError(f"split {split.name} shares {len(shared)} speakers with {train.name} ({shared[0]}, which "
                              f"is the voice {voices[shared[0]]}, ...); give it other tts.voices, or set seen_speakers: "
                              "true")  # fmt: skip
+
+
+def made(splits: Sequence[Split]) -> list[Split]:
+    """Those that are not left out."""
+    return [split for split in splits if split.size]
 
 
 def voices_of(tts: TTS) -> dict[str, str]:

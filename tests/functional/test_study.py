@@ -18,11 +18,12 @@ name: small
 seeds: [1, 2]
 prompts: [8]
 budgets: {8: {max_steps: 2, val_check_interval: 2}}
-common: [data.num_train=12, data.num_dev=6, data.num_test=10, data.num_test_seen=6, data.batch_size=4,
+common: [data.num_train=12, data.num_dev=6, data.num_test=10, data.num_test_seen=6, data.num_test_voices=10,
+  data.batch_size=4,
   num_minibatches=1, warmup_steps=1, evaluation.num_draws=50,
   exp_manager.checkpoint_callback_params.monitor=val/obeys]
 conditions:
-  held-out voices: test
+  held-out voices: test_voices
   noisy:
     split: test
     augmentation: {_target_: nemo_rba.synthesis.augment.NoiseAugmentation, snr_db_min: 0.0, snr_db_max: 10.0,
@@ -53,7 +54,7 @@ def test_a_small_study_is_complete(tmp_path):
     assert len(made) == 2 * 2, "two arms, two seeds"
     (found,) = json.loads((tmp_path / "study.json").read_text()).values()
     whole = found["conditions"][0]["whole"]
-    assert whole["num_items"] == 10
+    assert (whole["num_items"], whole["num_clips"]) == (10, 60), "every item in six voices"
     assert set(whole["gap_closed"]) == {"RBA", "SFT, fresh"}
     assert [len(seeds) for label, seeds in whole["seeds"].items() if label in whole["gap_closed"]] == [2, 2]
     assert found["budget"]["RBA"]["clips"] == "8"

@@ -57,7 +57,7 @@ def test_a_resample_is_fitted_like_a_set_in_which_items_stand_twice():
 
 def test_a_bootstrap_has_intervals_but_no_p_value_of_it():
     first, second = made_up(50, 4, 1.0, 0.0, 0.0), made_up(50, 4, -1.0, 0.0, 0.0)
-    bootstrap = Bootstrap(num_items=50, num_draws=40, seed=0, corpus_score=corpus_score(LENGTH_CONTROLLED))
+    bootstrap = Bootstrap(clusters=range(50), num_draws=40, seed=0, corpus_score=corpus_score(LENGTH_CONTROLLED))
     score = bootstrap.score(first)
     assert score.value == bootstrap.value(first) == set_score(LENGTH_CONTROLLED, first)
     assert score.low < score.value < score.high

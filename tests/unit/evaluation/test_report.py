@@ -161,7 +161,7 @@ def test_word_error_rates_are_listed_but_not_compared(predictions, tmp_path):
     words = results["conditions"][2]
     assert words["whole"]["scores"]["RBA"]["value"] == pytest.approx(300 / 7)
     assert words["whole"]["gap_closed"] == {}
-    assert "| words | 400 | – | – | – | 42.9 [42.9, 42.9] | – | – |" in (tmp_path / "report.md").read_text()
+    assert "| words | 200 | – | – | – | 42.9 [42.9, 42.9] | – | – |" in (tmp_path / "report.md").read_text()
 
 
 def test_systems_that_do_not_pair_are_refused(predictions):

@@ -108,7 +108,7 @@ def test_an_interval_is_that_of_the_scores_of_resampled_texts():
             drawn = np.repeat(np.arange(12), row)
             answers, references = ([texts[i] for i in drawn] for texts in (GOOD, REFERENCES))
             scores.append(metric.corpus_score(answers, [references]).score)
-        bootstrap = Bootstrap(num_items=12, num_draws=25, seed=3, corpus_score=corpus_score(name))
+        bootstrap = Bootstrap(clusters=range(12), num_draws=25, seed=3, corpus_score=corpus_score(name))
         interval = bootstrap.score(found[name])
         assert interval.value == pytest.approx(metric.corpus_score(GOOD[:12], [REFERENCES[:12]]).score)
         assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))

@@ -36,8 +36,8 @@ def said(voice: str, rates: dict[str, float], *, num: int = 10, measure: str = "
     return [
         Prediction(
             system=system, task="set", measure=measure, id=f"{voice}-{offset + n}", family="f", kind="", context="",
-            text="say it", speaker=voice, heard="say it", reference="", response="", truncated=False,
-            value=100.0 * (n < rate * num), weight=1.0,
+            text=f"say {voice} {offset + n}", heard=f"say {voice} {offset + n}", speaker=voice, reference="",
+            response="", truncated=False, value=100.0 * (n < rate * num), weight=1.0,
         )
         for system, rate in rates.items() for n in range(num)
     ]  # fmt: skip

@@ -29,7 +29,7 @@ def split_of(text: str) -> str:
 def make_splits(train_tts: FakeTTS, **changes) -> list[Split]:
     other = FakeTTS(["c", "d"])
     noise = NoiseAugmentation(snr_db_min=10, snr_db_max=20, color="white", peak_min=0.5, peak_max=0.9, seed=1)
-    common = {"augment": None, "shares": {}, "seen_speakers": False, "num_responses": 1}
+    common = {"augment": None, "shares": {}, "seen_speakers": False, "num_responses": 1, "every_voice": False}
     rows = {
         "train": {"size": 50, "tts": train_tts, "augment": noise, "shares": {"open": 0.5, "closed": 0.5}},
         "dev": {"size": 8, "tts": other},
@@ -236,7 +236,8 @@ def test_clips_that_fail_are_dropped_and_counted(tmp_path):
     ("changes", "message"),
     [
         ({"dev": {"tts": FakeTTS(["b", "c"])}}, r"split dev shares 1 speakers with train \(b"),
-        ({"dev": {"size": 0}}, "split dev: size 0"),
+        ({"dev": {"size": -1}}, "split dev: size -1"),
+        ({"train": {"size": 0}}, "splits are .'dev', 'test', 'test_seen'., synthesis.train_split is 'train'"),
         ({"dev": {"name": "test"}}, "expected different names"),
         ({"test_seen": {"instructions_of": "tset"}}, "instructions_of 'tset'"),
         ({"test_seen": {"size": 11}}, "wants 11 instructions of test, which finds 10"),
@@ -257,6 +258,28 @@ def test_several_answers_are_the_business_of_the_split_that_asks(tmp_path):
     sampled = SamplingParams(max_new_tokens=9, temperature=1.0)
     with pytest.raises(ValueError, match="split test_seen: num_responses 2, but it speaks what test has found"):
         build(tmp_path, splits=splits, response_params=sampled)
+
+
+def test_every_voice_speaks_every_instruction(tmp_path):
+    tts = FakeTTS(["c fast", "c slow", "d"])
+    tts.voices = {"c fast": "c", "c slow": "c", "d": "d"}
+    small = {"train": {"size": 20}, "dev": {"size": 0}, "test": {"tts": tts, "size": 10}}
+    every = {"tts": tts, "every_voice": True, "size": 7, "seen_speakers": False}
+    splits = make_splits(FakeTTS(["a", "b"]), **small, test_seen=every)
+    build(tmp_path / "data", splits=splits, shard_size=5).run(CONFIG)
+    first = [cut.supervisions[0].text for cut in read_manifest(tmp_path / "data" / "test")][:7]
+    cuts = list(read_manifest(tmp_path / "data" / "test_seen"))
+    assert [cut.supervisions[0].text for cut in cuts] == [text for text in first for _ in range(2)]
+    assert [cut.id for cut in cuts] == [f"test_seen-{n:06d}" for n in range(14)]
+    speakers = [cut.custom["speaker"] for cut in cuts]
+    assert speakers[1::2] == ["d"] * 7
+    assert set(speakers[::2]) == {"c fast", "c slow"}
+    assert len(list((tmp_path / "data" / "test_seen").glob("cuts.*"))) == 3
+    assert not (tmp_path / "data" / "dev").exists(), "of size 0"
+    card = json.loads((tmp_path / "data" / "card.json").read_text())
+    assert {name: split["clips"] for name, split in card["splits"].items()} == {
+        "train": 20, "test": 10, "test_seen": 14
+    }  # fmt: skip
 
 
 def test_an_unusable_output_is_refused(tmp_path):
@@ -308,7 +331,7 @@ class Translations:
 def test_targets_reach_the_manifest_and_are_not_asked_for(tmp_path):
     teacher, tts = FakeTeacher(), FakeTTS(["a", "b"])
     row = {"name": "train", "instructions_of": "train", "size": 3, "tts": tts, "augment": None, "shares": {},
-           "seen_speakers": True, "num_responses": 1}  # fmt: skip
+           "seen_speakers": True, "num_responses": 1, "every_voice": False}  # fmt: skip
     settings = {"sampler": Translations(), "splits": [Split(**row)], "split_of": lambda text: "train"}
     settings |= {"spoken_form": None, "max_batches": 1}
     card = build(tmp_path, teacher=teacher, tts=tts, **settings).run(CONFIG)
