@@ -11,7 +11,7 @@ python examples/rba_study.py                     # goes on where it was stopped
 """
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
@@ -51,13 +51,13 @@ def main(study: DictConfig) -> None:
     data = stages.run(
         "synthesis", recipe_parts.keys(first, recipe_parts.SYNTHESIS), partial(recipe.synthesize, first, rank=0)
     )
-    train(study, runs, data)
+    finish(study, runs, partial(train_one, study, data))
     scores = {run: dev_score(folder(study, run), monitor(first)) for run in runs}
     chosen = choose(runs, scores)
     final = [replace(run, seed=seed) for run in chosen.values() for seed in study.seeds]
-    train(study, final, data)
-    files = {run.name: folder(study, run) / f"{run.name}.nemo" for run in final}
-    sets = recipe_conditions.held_out_sets(first, data)
+    finish(study, final, partial(train_one, study, data))
+    finish(study, final, partial(ask_one, study, data))
+    files, sets = {run.name: nemo_file(study, run) for run in final}, recipe_conditions.held_out_sets(first, data)
     predictions = recipe_evaluation.evaluate(first, sets, files, Path(study.output) / "evaluation")
     found = Study(config=study, recipe=first, scores=scores, chosen=chosen, predictions=predictions, sets=sets)
     write_study(found, folder)
@@ -69,54 +69,72 @@ def folder(study: DictConfig, run: Run) -> Path:
     return Path(study.output) / "runs" / run.name
 
 
+def nemo_file(study: DictConfig, run: Run) -> Path:
+    """What a run has made."""
+    return folder(study, run) / f"{run.name}.nemo"
+
+
 def monitor(cfg: DictConfig) -> str:
     """The dev score that checkpoints and learning rates are chosen by."""
     return cfg.exp_manager.checkpoint_callback_params.monitor
 
 
-def train(study: DictConfig, runs: list[Run], data: Path) -> None:
-    """All runs, ``study.workers`` at a time, or with one worker here; finished ones are skipped.
+def finish(study: DictConfig, runs: list[Run], work: Callable[[Run], None]) -> None:
+    """Do it for all runs, ``study.workers`` at a time, or with one worker here; what is done already is skipped.
 
     Raises:
         SystemExit: some could not be finished; all others were.
     """
     failed = []
-    for number, (run, problem) in enumerate(_outcomes(study, runs, data), start=1):
+    for number, (run, problem) in enumerate(_outcomes(study.workers, runs, work), start=1):
         logging.info(f"{number} of {len(runs)} runs: {run.name}{f' failed: {problem}' if problem else ''}")
         failed += [f"{run.name}: {problem}"] if problem else []
     if failed:
         raise SystemExit("these runs are not finished:\n" + "\n".join(f"  - {line}" for line in failed))
 
 
-def _outcomes(study: DictConfig, runs: list[Run], data: Path) -> Iterator[tuple[Run, BaseException | None]]:
+def _outcomes(workers: int, runs: list[Run], work: Callable[[Run], None]) -> Iterator[tuple[Run, BaseException | None]]:
     """Each run, as it ends, and what has ended it before its time."""
-    if study.workers == 1:
+    if workers == 1:
         for run in runs:
             try:
-                train_one(study, run, data)
+                work(run)
             except Exception as problem:
                 yield run, problem
             else:
                 yield run, None
         return
     context = multiprocessing.get_context("spawn")  # processes of their own: each has its process groups and its model
-    with ProcessPoolExecutor(study.workers, mp_context=context) as pool:
-        waiting = {pool.submit(train_one, study, run, data): run for run in runs}
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = {pool.submit(work, run): run for run in runs}
         for done in as_completed(waiting):
             yield waiting[done], done.exception()
 
 
-def train_one(study: DictConfig, run: Run, data: Path) -> None:
+def train_one(study: DictConfig, data: Path, run: Run) -> None:
     """One run, in a worker."""
-    if not GlobalHydra.instance().is_initialized():
-        initialize_config_dir(str(CONF), version_base=None)
-    cfg = config(study, run)
-    recipe.start(cfg)
+    cfg = _begin(study, run)
     asked = recipe_parts.keys(cfg, recipe_parts.ALIGNMENT)
     try:
         Stages(Path(study.output) / "runs").run(run.name, asked, lambda path: recipe.align(cfg, data, path, run.name))
     except SystemExit as stop:  # a worker that exits would take the pool with it
         raise RuntimeError(str(stop)) from stop
+
+
+def ask_one(study: DictConfig, data: Path, run: Run) -> None:
+    """One run's answers to the test sets, in a worker; as the study's first run would ask, whatever the arm."""
+    cfg = _begin(study, grid(study)[0])
+    sets = recipe_conditions.held_out_sets(cfg, data)
+    recipe_evaluation.answer(cfg, sets, run.name, nemo_file(study, run), Path(study.output) / "evaluation")
+
+
+def _begin(study: DictConfig, run: Run) -> DictConfig:
+    """The config of a run, in a process that may be new."""
+    if not GlobalHydra.instance().is_initialized():
+        initialize_config_dir(str(CONF), version_base=None)
+    cfg = config(study, run)
+    recipe.start(cfg)
+    return cfg
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def _loader(cfg: DictConfig, held_out: HeldOut, folder: Path, model: RBASpeechLM
 
 def systems(
     cfg: DictConfig, start: RBASpeechLM, files: dict[str, Path]
-) -> list[Callable[[], Callable[[Decoding], System]]]:
+) -> dict[str, Callable[[], Callable[[Decoding], System]]]:
     """Everyone who is compared, built when needed, then told how to answer: T, the cascade, S0, the aligned models.
 
     Args:
@@ -147,8 +147,8 @@ def systems(
         return hearer(arm, model)
 
     known = None if has_start(cfg) else next(iter(files))  # the model that is there already
-    before = [lambda: hearer("start", start)] if has_start(cfg) else []
-    return [lambda: reader, cascade, *before, *(partial(aligned, arm) for arm in files)]
+    before = {"start": lambda: hearer("start", start)} if has_start(cfg) else {}
+    return {"teacher": lambda: reader, "cascade": cascade} | before | {arm: partial(aligned, arm) for arm in files}
 
 
 def model_config(cfg: DictConfig, path: Path) -> DictConfig:
@@ -182,18 +182,32 @@ def evaluate(
     What the student heard of the items that are to be played is kept in ``folder / "sounds"``.
     """
     start = instantiate(cfg.model)
-    held_out, weights = tasks(cfg, sets, folder, start), fingerprints(cfg, files)
+    held_out = tasks(cfg, sets, folder, start)
+    predictions = _answers(cfg, sets, held_out, systems(cfg, start, files), fingerprints(cfg, files), folder)
+    keep_accounts([task for task, _ in held_out], folder)
+    if parallel.rank() == 0:
+        _keep_sounds(cfg, sets, predictions, roles(cfg, list(files)), folder, start)
+    return predictions
+
+
+def answer(cfg: DictConfig, sets: dict[str, HeldOut], name: str, file: Path, folder: Path) -> None:
+    """One aligned model's part of ``evaluate``, which finds its answers there: several processes, as many models."""
+    start, files = instantiate(cfg.model), {name: file}
+    mine = {name: systems(cfg, start, files)[name]}
+    _answers(cfg, sets, tasks(cfg, sets, folder, start), mine, fingerprints(cfg, files), folder)
+
+
+def _answers(
+    cfg: DictConfig, sets: dict[str, HeldOut], held_out: list, asked: dict[str, Callable], weights: dict, folder: Path
+) -> list[Prediction]:  # fmt: skip
     predictions, usual = [], decoding_of(cfg.evaluation)
     speakers = {name: one.speakers() for name, one in sets.items()}
-    for build in systems(cfg, start, files):
+    for build in asked.values():
         told = cache(build())  # a decoding -> who answers so: a teacher remembers what it has read
         for task, basis in held_out:
             system = told(sets[task.name].decoding or usual)
             if is_asked(system.name, sets[task.name]):
                 predictions += run(system, task, folder, basis | weights[system.name], speakers[task.name])
-    keep_accounts([task for task, _ in held_out], folder)
-    if parallel.rank() == 0:
-        _keep_sounds(cfg, sets, predictions, roles(cfg, list(files)), folder, start)
     return predictions
 
 

@@ -110,20 +110,19 @@ def test_the_start_models_dev_score_is_no_runs(tmp_path):
     assert dev_score(tmp_path, "val/obeys") == 0.4
 
 
-def test_a_run_that_fails_keeps_none_of_the_others_from_being_made(monkeypatch, tmp_path):
+def test_a_run_that_fails_keeps_none_of_the_others_from_being_made():
     import rba_study  # NeMo's: slow
 
     made = []
 
-    def train_one(study, run, data):
+    def train_one(run):
         if run.learning_rate == 1.0:
             raise RuntimeError("the gradient norm is nan")
         made.append(run)
 
-    monkeypatch.setattr(rba_study, "train_one", train_one)
     runs = grid(plan(rba=[1.0, 2.0], sft=[3.0, 4.0]))
     with pytest.raises(
         SystemExit, match=r"not finished:\n  - n300_rba_lr1_seed3: the gradient norm is nan\n  - n1000_"
     ):
-        rba_study.train(Plan(workers=1), runs, tmp_path)
+        rba_study.finish(Plan(workers=1), runs, train_one)
     assert [run.learning_rate for run in made] == [2.0, 3.0, 4.0, 2.0, 3.0, 4.0]
