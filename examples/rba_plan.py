@@ -91,6 +91,7 @@ def make_job(cfg: DictConfig, llm, layout: Layout, frames: int, adapter_width: i
         layout=layout,
         batch_size=cfg.data.batch_size,
         num_minibatches=cfg.num_minibatches,
+        ppo_epochs=cfg.ppo_epochs,
         micro_batch_size=cfg.policy.micro_batch_size,
         generation_batch_size=cfg.policy.generation_batch_size,
         group_size=group_size,

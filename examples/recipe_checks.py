@@ -14,7 +14,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from recipe_parts import SYNTHESIS, arms, controls, keys, layout, rollout_source
 from transformers import AutoTokenizer
 
-from nemo_rba.algorithms.choices import check_choices
+from nemo_rba.algorithms.choices import check_choices, check_passes
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 from nemo_rba.synthesis.teacher import check_same_vocabulary
 
@@ -62,7 +62,8 @@ def check_arm(cfg: DictConfig) -> None:
     objective, importance = instantiate(cfg.objective), instantiate(cfg.get("importance"))
     representation = instantiate(cfg.get("representation"))
     check_choices(rollout_source(cfg, None), instantiate(cfg.advantage), objective, importance, representation)
-    controls(cfg).check(objective, cfg.num_minibatches)
+    check_passes(objective, cfg.ppo_epochs)
+    controls(cfg).check(objective, cfg.num_minibatches * cfg.ppo_epochs)
     judgement = "topk_logprobs" if objective.teacher_topk else "logprobs" if objective.needs_teacher else ""
     if judgement and not hasattr(get_object(cfg.teacher["_target_"]), judgement):
         raise ValueError(

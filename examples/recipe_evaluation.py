@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from recipe import loader_builder
 from recipe_conditions import decoding_of
 from recipe_identity import fingerprints, has_start, identity
-from recipe_parts import LABELS, layout
+from recipe_parts import LABELS, clips_heard, layout
 
 from nemo_rba.algorithms.policy import FrozenPolicy
 from nemo_rba.algorithms.speech_cache import SpeechCache
@@ -315,7 +315,7 @@ def weights(sets: dict[str, HeldOut], arms: list[str], folder: Path) -> dict[str
 
 def training(cfg: DictConfig, folders: dict[str, Path]) -> dict:
     """Training curves and budget of the arms, for the report."""
-    clips = cfg.trainer.max_steps // cfg.num_minibatches * cfg.data.batch_size
+    clips = clips_heard(cfg, cfg.trainer.max_steps)
     curves = {LABELS.get(arm, arm): [folder / "metrics.jsonl"] for arm, folder in folders.items()}
     budget = {}
     for arm, folder in folders.items():

@@ -12,13 +12,18 @@ from nemo_rba.protocols import EvalTask, RolloutSource, Teacher
 SYNTHESIS = ("teacher", "synthesis")  # what each stage's result depends on
 OWN = ("kl_controller", "importance", "representation")  # optional, and for a loss on own answers
 ALIGNMENT = (
-    "model", "teacher", "rollouts", "reward", "advantage", "objective", "policy", "schedule", "num_minibatches", "data",
-    "trainer", "validation", "validation_task", "seed", *OWN,
+    "model", "teacher", "rollouts", "reward", "advantage", "objective", "policy", "schedule", "num_minibatches",
+    "ppo_epochs", "data", "trainer", "validation", "validation_task", "seed", *OWN,
 )  # fmt: skip
 EVALUATION = ("model", "teacher", "evaluation", "conditions", "data", "seed", "name")
 LABELS = {"rba": "RBA", "sft": "SFT", "distillation": "SFT", "forward_kl": "Forward KL", "reverse_kl": "Reverse KL"}
 BORNE = ("max_batches", "allow_fewer", "on_change", "max_failed_share", "language")  # of self-synthesis
 PASSES = (("policy", "micro_batch_size"), ("policy", "generation_batch_size"), ("policy", "recompute"))
+
+
+def clips_heard(cfg: DictConfig, steps: int) -> int:
+    """Spoken prompts that so many optimiser steps ask for."""
+    return steps // (cfg.num_minibatches * cfg.ppo_epochs) * cfg.data.batch_size
 
 
 def arms(cfg: DictConfig) -> dict[str, DictConfig]:

@@ -105,6 +105,7 @@ def build(
         build_validation_loader=partial(loader, shuffle=False, drop_last=False),
         validation_params=SamplingParams(max_new_tokens=8, temperature=0),
         num_minibatches=2,
+        ppo_epochs=1,
         seed=7,
     )  # fmt: skip
 

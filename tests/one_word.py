@@ -131,15 +131,16 @@ def constant_rate():
 
 
 def make(
-    objective, source=None, advantage=None, teacher=None, num_minibatches=1, importance=None, representation=None,
-    schedule=None, **steering,
+    objective, source=None, advantage=None, teacher=None, num_minibatches=1, ppo_epochs=1, importance=None,
+    representation=None, schedule=None, **steering,
 ):  # fmt: skip
     module = RBAAlignment(
         build_model=None, build_policy=None, build_loader=None, build_validation_loader=None, teacher=teacher,
         source=source or PolicyRollouts(group_size=4, max_new_tokens=2, temperature=1.0, top_p=1.0),
         reward=RewardMixture(parts={"yes": SaysYes()}, weights={"yes": 1.0}), advantage=advantage or LeaveOneOut(),
         objective=objective, controls=Controls(schedule=schedule or constant_rate(), **steering), importance=importance,
-        validation_params=SamplingParams(max_new_tokens=2), num_minibatches=num_minibatches, seed=3,
+        validation_params=SamplingParams(max_new_tokens=2), num_minibatches=num_minibatches,
+        ppo_epochs=ppo_epochs, seed=3,
         representation=representation,
     )  # fmt: skip
     module.model = SimpleNamespace(prompt=FakePrompt())

@@ -180,7 +180,7 @@ def tiny_alignment(cfg: DictConfig, prompts: int) -> tuple[RBAAlignment, Likelih
         objective=instantiate(cfg.objective), teacher=teacher,
         controls=Controls(schedule=instantiate(cfg.schedule)), build_loader=None, build_validation_loader=None,
         validation_params=instantiate(cfg.validation),
-        num_minibatches=cfg.num_minibatches, seed=cfg.seed,
+        num_minibatches=cfg.num_minibatches, ppo_epochs=cfg.ppo_epochs, seed=cfg.seed,
     )  # fmt: skip
     module.configure_model()
     return module, teacher, spoken_requests(cfg, module.model, prompts)

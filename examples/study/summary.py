@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure as Canvas
 from omegaconf import DictConfig
 from recipe_identity import identity
+from recipe_parts import clips_heard
 
 from nemo_rba.evaluation import plots
 from nemo_rba.evaluation.conditions import HeldOut
@@ -67,7 +68,7 @@ def _report(study: Study, prompts: int, folder: Callable, output: Path) -> dict:
     systems = FIXED | {run.name: arms[arm] for arm, runs in final.items() for run in runs}
     paths = {arm: [folder(study.config, run) for run in runs] for arm, runs in final.items()}
     cfg = study.recipe
-    clips = {arm: budget(study.config, prompts, arm)[0] // cfg.num_minibatches * cfg.data.batch_size for arm in arms}
+    clips = {arm: clips_heard(cfg, budget(study.config, prompts, arm)[0]) for arm in arms}
     seconds = {
         arm: [json.loads((p / "done.json").read_text())["seconds"] for p in found] for arm, found in paths.items()
     }

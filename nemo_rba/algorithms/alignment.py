@@ -23,7 +23,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from nemo_rba.algorithms.advantage import estimate, silent_share
-from nemo_rba.algorithms.choices import check_choices
+from nemo_rba.algorithms.choices import check_choices, check_passes
 from nemo_rba.algorithms.collate import judge, prompt_index, split
 from nemo_rba.algorithms.controls import Controls, RunStopped
 from nemo_rba.algorithms.gkd import GKDRollouts
@@ -65,7 +65,8 @@ class RBAAlignment(LightningModule):
         build_validation_loader: likewise the dev batches.
         validation_params: how the student answers them.
         validation_task: measures these answers as the evaluation does, ``val/task/...``, beside the reward; or None.
-        num_minibatches: optimiser steps per batch of rollouts.
+        num_minibatches: optimiser steps of one pass over a batch of rollouts.
+        ppo_epochs: passes over it; from the second step on the answers are an earlier policy's, as the ratio knows.
         seed: of the sampling.
     """
 
@@ -73,21 +74,24 @@ class RBAAlignment(LightningModule):
         self, *, build_model: Callable, build_policy: Callable[..., Policy], source: RolloutSource,
         reward: RewardMixture, advantage: AdvantageEstimator, objective: Objective, teacher: LikelihoodTeacher | None,
         controls: Controls, build_loader: Callable, build_validation_loader: Callable,
-        validation_params: SamplingParams, num_minibatches: int, seed: int, importance: Importance | None = None,
+        validation_params: SamplingParams, num_minibatches: int, ppo_epochs: int, seed: int,
+        importance: Importance | None = None,
         representation: RepresentationReward | RepresentationLoss | None = None,
         validation_task: EvalTask | None = None,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
         check_choices(source, advantage, objective, importance, representation)
-        controls.check(objective, num_minibatches)
+        check_passes(objective, ppo_epochs)
+        controls.check(objective, num_minibatches * ppo_epochs)
         controls.begin(objective)
         if (objective.needs_teacher or objective.teacher_topk) and teacher is None:
             raise ValueError(
                 f"{type(objective).__name__} asks a teacher for log-probabilities; configure such a teacher"
             )
         self.source, self.reward, self.advantage, self.objective = source, reward, advantage, objective
-        self.controls, self.num_minibatches, self.seed = controls, num_minibatches, seed
+        self.controls, self.seed = controls, seed
+        self.num_minibatches, self.ppo_epochs = num_minibatches, ppo_epochs
         self.importance, self.representation = importance, representation
         self.validation_params, self.validation_task = validation_params, validation_task
         self._teacher = [teacher]  # in a list, and the policy in another: not modules of ours, not in our checkpoints
@@ -111,8 +115,8 @@ class RBAAlignment(LightningModule):
         )  # fmt: skip
         price = kl_price(whole, self.objective) if is_priced(self.objective) else None
         advantages = self._advantages(batch, answers, price)
-        steps = []
-        for minibatch in split(replace(whole, advantages=advantages), self.num_minibatches):
+        minibatches, steps = list(split(replace(whole, advantages=advantages), self.num_minibatches)), []
+        for minibatch in minibatches * self.ppo_epochs:
             metrics = self._update(minibatch, take_step)
             self.controls.after_step(metrics, self.objective, first=not steps)
             steps.append(metrics)

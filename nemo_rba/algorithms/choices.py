@@ -7,6 +7,7 @@ from nemo_rba.algorithms.importance import Importance
 from nemo_rba.algorithms.kl_reward import check_priced, is_priced
 from nemo_rba.algorithms.loss_terms import PolicyGradientLoss
 from nemo_rba.algorithms.objectives import DistillationLoss
+from nemo_rba.algorithms.policy_losses import ReinforceLoss
 from nemo_rba.algorithms.representation import RepresentationLoss, RepresentationReward
 from nemo_rba.algorithms.rollout import FreshTeacherRollouts, MixedRollouts, TeacherRollouts
 from nemo_rba.protocols import AdvantageEstimator, Objective, RolloutSource
@@ -45,6 +46,17 @@ def check_choices(
         _check_signal(source, advantage, objective, representation)
         if is_priced(objective):
             check_priced(source, advantage, objective)
+
+
+def check_passes(objective: Objective, ppo_epochs: int) -> None:
+    """Refuse, with a ``ValueError``, to learn again from answers that the loss takes for the policy's own by now."""
+    if ppo_epochs < 1:
+        raise ValueError(f"ppo_epochs is {ppo_epochs}; expected 1 or more passes over a batch of answers")
+    if ppo_epochs > 1 and isinstance(objective, ReinforceLoss):
+        raise ValueError(
+            f"ReinforceLoss has no ratio to the policy that answered, but ppo_epochs is {ppo_epochs}: set it to 1, or "
+            "choose objective=rba or another loss with a ratio"
+        )
 
 
 def _check_comparison(source: RolloutSource, advantage: AdvantageEstimator, objective: Objective) -> None:

@@ -39,7 +39,7 @@ class Controls:
     ):
         self.schedule, self.kl_controller, self.watcher = schedule, kl_controller, watcher
 
-    def check(self, objective: Objective, num_minibatches: int) -> None:
+    def check(self, objective: Objective, steps_per_batch: int) -> None:
         """Refuse at setup what would never have a KL to steer by.
 
         Raises:
@@ -51,11 +51,11 @@ class Controls:
                 f"kl_controller steers the KL to the start model, but {name} does not measure it; set "
                 "objective.kl_coefficient above 0, choose another objective, or leave kl_controller out"
             )
-        if getattr(self.schedule, "follows_kl", False) and (num_minibatches < 2 or not objective.needs_old):
+        if getattr(self.schedule, "follows_kl", False) and (steps_per_batch < 2 or not objective.needs_old):
             raise ValueError(
                 f"{type(self.schedule).__name__} follows the KL between the first and the later updates on a batch, "
-                f"but num_minibatches is {num_minibatches} with {name}; expected 2 or more and a loss on own answers, "
-                "or schedule=warmup_linear"
+                f"but num_minibatches * ppo_epochs is {steps_per_batch} with {name}; expected 2 or more and a loss on "
+                "own answers, or schedule=warmup_linear"
             )
 
     def begin(self, objective: Objective) -> None:

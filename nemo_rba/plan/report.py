@@ -19,7 +19,8 @@ class Job:
 
     layout: Layout
     batch_size: int  # prompts a batch
-    num_minibatches: int  # optimiser steps a batch
+    num_minibatches: int  # optimiser steps a pass over a batch
+    ppo_epochs: int  # passes
     micro_batch_size: int  # prompts a forward pass
     generation_batch_size: int
     group_size: int  # answers a prompt
@@ -209,8 +210,8 @@ def tokens(job: Job) -> dict[str, int]:
         "speech frames": prompts * job.frames,
         "prompt positions": prompts * job.prompt_positions,
         "answer tokens generated": answers * job.generates,
-        "answer tokens trained": answers,
-        "optimiser steps": job.num_minibatches,
+        "answer tokens trained": answers * job.ppo_epochs,
+        "optimiser steps": job.num_minibatches * job.ppo_epochs,
     }
 
 

@@ -15,6 +15,7 @@ from nemo_rba.algorithms.controls import RunStopped
 from nemo_rba.algorithms.group_losses import DPOLoss, MinimumRiskLoss
 from nemo_rba.algorithms.importance import MaskedImportance, TruncatedImportance
 from nemo_rba.algorithms.objectives import DistillationLoss, ForwardKLLoss, GeneralizedJSDLoss, JudgedPolicyLoss
+from nemo_rba.algorithms.policy_losses import ReinforceLoss
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts
 from nemo_rba.algorithms.strategy import MegatronStrategy
 from nemo_rba.algorithms.watcher import StopOnCollapse
@@ -66,6 +67,29 @@ def test_minibatches_step_once_each_on_whole_groups():
     assert [len(batch) for batch in module.policy.seen] == [8, 8]
     assert module.policy.seen[1].prompt_index.unique().tolist() == [2, 3]
     assert all(dataclasses.replace(b, prompts=None).num_loss_rollouts == 8 for b in module.policy.seen)
+
+
+def test_passes_learn_again_from_the_same_answers():
+    module, step = make(clipped(), num_minibatches=2, ppo_epochs=3)
+    metrics = module.align(speech_batch(), step)
+    seen = module.policy.seen
+    assert [batch.prompt_index.unique().tolist() for batch in seen] == [[0, 1], [2, 3]] * 3
+    for again in (seen[2], seen[4]):
+        assert torch.equal(again.response_ids, seen[0].response_ids)
+        assert torch.equal(again.old_logprobs, seen[0].old_logprobs), "of the policy that answered"
+    assert module.num_batches == 1
+    assert metrics["health/logprob_error"] == pytest.approx(0.0, abs=1e-6), "of the first step"
+    once, step = make(clipped(), num_minibatches=2)
+    assert metrics["clip_fraction"] > once.align(speech_batch(), step)["clip_fraction"], "the ratio moves on"
+
+
+def test_passes_without_a_ratio_are_refused():
+    with pytest.raises(ValueError, match="ppo_epochs is 0; expected 1 or more"):
+        make(clipped(), ppo_epochs=0)
+    reinforce = ReinforceLoss(kl_coefficient=0.0, kl_estimator="k3", dense_weight=0.0, dense_clip=5.0,
+                              aggregation="token_mean")  # fmt: skip
+    with pytest.raises(ValueError, match="ReinforceLoss has no ratio to the policy that answered, but ppo_epochs is 2"):
+        make(reinforce, ppo_epochs=2)
 
 
 def test_steps_sample_differently_and_a_seed_repeats_them():
@@ -194,7 +218,9 @@ def test_controls_with_nothing_to_steer_by_are_refused_at_setup():
     with pytest.raises(ValueError, match=r"kl_controller steers the KL to the start model, but ClippedPolicyLoss does"):
         make(clipped(), kl_controller=controller)
     schedule = KLAdaptiveLR(learning_rate=1.0, target=1e-3, factor=2.0, minimum=0.1, maximum=1.0)
-    with pytest.raises(ValueError, match="num_minibatches is 1 with ClippedPolicyLoss; expected 2 or more"):
+    with pytest.raises(
+        ValueError, match=r"num_minibatches \* ppo_epochs is 1 with ClippedPolicyLoss; expected 2 or more"
+    ):
         make(clipped(), schedule=schedule)
     with pytest.raises(ValueError, match="with DistillationLoss"):
         make(DistillationLoss(), source=TeacherRollouts(), schedule=schedule, num_minibatches=2)
