@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rebuild every asset of the laptop recipe from nothing: teacher, spoken sets, speech encoder, SALM, and the figures.
+"""Rebuild every asset of the laptop recipe from nothing: teacher, spoken sets, speech encoder, SALM,
+reward model, and the figures.
 
     python examples/tiny/build_assets.py                    # into examples/tiny, one to two hours on two CPU cores
     python examples/tiny/build_assets.py --output anywhere --stages teacher
@@ -24,7 +25,16 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 import torch  # noqa: E402
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from tiny import chat, salm, train_encoder, train_salm, train_teacher, voices  # noqa: E402
+from nemo_rba.rewards.reward_model import RewardModel  # noqa: E402
+from tiny import (  # noqa: E402
+    chat,
+    salm,
+    train_encoder,
+    train_reward_model,
+    train_salm,
+    train_teacher,
+    voices,
+)
 from tiny.speech import (  # noqa: E402
     SpokenSet,
     build_preprocessor,
@@ -35,9 +45,11 @@ from tiny.speech import (  # noqa: E402
 )
 from tiny.train_encoder import error_rates  # noqa: E402
 
-STAGES = ("teacher", "speech", "encoder", "salm", "figures")
-SEEDS = {"teacher": 0, "encoder": 1, "salm": train_salm.Recipe.seed, "figures": 11}
+STAGES = ("teacher", "speech", "encoder", "salm", "reward_model", "figures")
+SEEDS = {"teacher": 0, "encoder": 1, "salm": train_salm.Recipe.seed, "reward_model": 3, "figures": 11}
 TEACHER_STEPS, TRAIN_CLIPS = 6000, 16000
+REWARD_REQUESTS = 30000  # with judged answers, to train the reward model
+HEARD_REQUESTS, HEARD_ANSWERS = 300, 4  # by which it is measured: what the SALM answers to held-out speech
 
 
 class Builder:
@@ -47,7 +59,7 @@ class Builder:
         self.output, self.work, self.scale = output, work, scale
         self.train_clips = self._scaled(TRAIN_CLIPS)
         self.teacher, self.salm, self.encoder = output / "teacher", output / "salm", work / "encoder.pt"
-        self.figures_file = output / "FIGURES.json"
+        self.reward_model, self.figures_file = output / "reward_model", output / "FIGURES.json"
         work.mkdir(parents=True, exist_ok=True)
         output.mkdir(parents=True, exist_ok=True)
 
@@ -98,6 +110,37 @@ class Builder:
         shutil.copytree(folder, self.salm)
         return {"salm_recipe": asdict(recipe)}
 
+    def build_reward_model(self) -> dict:
+        """The reward model, and how well it knows right answers from wrong ones that it was not trained on."""
+        requests, seed = self._scaled(REWARD_REQUESTS), SEEDS["reward_model"]
+        made = train_reward_model.train_reward_model(self.reward_model, self.teacher, requests=requests, seed=seed)
+        reward = RewardModel(
+            path=str(self.reward_model), batch_size=100, device="cpu", dtype="float32", scale=1.0, sigmoid=False
+        )
+        measured = {split: self._measure_reward(reward, split) for split in ("dev", "test")}
+        return {"reward_model": made | measured | {"bytes": _size(self.reward_model)}}
+
+    def _measure_reward(self, reward: RewardModel, split: str) -> dict:
+        """Its agreement with the verifier on answers to held-out requests: the teacher's, and the SALM's, who hears."""
+        torch.manual_seed(SEEDS["figures"])
+        llm = LlamaForCausalLM.from_pretrained(self.teacher)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.teacher)
+        model = salm.load_salm(self.salm)
+        texts = [
+            item.instruction for item in chat.held_out_items(split, self._scaled(HEARD_REQUESTS), SEEDS["figures"])
+        ]
+        clips = speak(texts, split, SEEDS["figures"])
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0}
+        said, typed = [], []
+        for _ in range(HEARD_ANSWERS):
+            said += salm.respond(model, clips, salm.INSTRUCT_PROMPT, **sampling)
+            typed += chat.answer(llm, tokenizer, texts, temperature=1.5)
+        asked = texts * HEARD_ANSWERS
+        return {
+            name: train_reward_model.agreement(asked, answers, train_reward_model.score_answers(reward, asked, answers))
+            for name, answers in (("salm_answers", said), ("teacher_samples", typed))
+        }
+
     def build_figures(self) -> dict:
         """Read the saved assets back and measure them on the test split, in held-out voices."""
         torch.manual_seed(SEEDS["figures"])
@@ -142,7 +185,9 @@ def _size(folder: Path) -> int:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=HERE, help="where teacher/, salm/ and FIGURES.json go")
+    parser.add_argument(
+        "--output", type=Path, default=HERE, help="where teacher/, salm/, reward_model/ and FIGURES.json go"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_assets"), help="features and the CTC encoder")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--scale", type=float, default=1.0, help="share of steps and clips")

@@ -172,8 +172,8 @@ def voices_figure(condition: Condition, shown: Mapping[str, str], roles: Roles, 
             middle = len(parts) / 2 - 0.5
             axes.axhline(middle, color=GREY, linewidth=0.9, linestyle=(0, (1, 3)))
             axes.annotate(
-                f"{num_between} between", (1, middle), xycoords=("axes fraction", "data"), ha="right", va="center",
-                color=GREY, fontsize=8.5, backgroundcolor="white",
+                f"{num_between} between", (1.01, middle), xycoords=("axes fraction", "data"), ha="left", va="center",
+                color=GREY, fontsize=8.5, annotation_clip=False,
             )  # fmt: skip
         return _png(figure)
 
