@@ -11,11 +11,13 @@ python examples/rba_study.py                     # goes on where it was stopped
 """
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import recipe
 import recipe_checks
@@ -33,11 +35,13 @@ from study.summary import Study, write_study
 from nemo_rba.distributed import parallel
 from nemo_rba.stages import Stages
 
+SECONDS_TO_SAVE = 10
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 @hydra_runner(config_path="../conf", config_name="rba_study")
 def main(study: DictConfig) -> None:
+    signal.signal(signal.SIGTERM, _stop)
     try:
         runs = grid(study)
     except ValueError as problem:
@@ -94,7 +98,10 @@ def finish(study: DictConfig, runs: list[Run], work: Callable[[Run], None]) -> N
 
 
 def _outcomes(workers: int, runs: list[Run], work: Callable[[Run], None]) -> Iterator[tuple[Run, BaseException | None]]:
-    """Each run, as it ends, and what has ended it before its time."""
+    """Each run, as it ends, and what has ended it before its time.
+
+    Who stops the study stops its workers: they are asked to save what they have, as by a scheduler.
+    """
     if workers == 1:
         for run in runs:
             try:
@@ -106,9 +113,18 @@ def _outcomes(workers: int, runs: list[Run], work: Callable[[Run], None]) -> Ite
         return
     context = multiprocessing.get_context("spawn")  # processes of their own: each has its process groups and its model
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = {pool.submit(work, run): run for run in runs}
-        for done in as_completed(waiting):
-            yield waiting[done], done.exception()
+        try:
+            waiting = {pool.submit(work, run): run for run in runs}
+            for done in as_completed(waiting):
+                yield waiting[done], done.exception()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while children := multiprocessing.active_children():  # again, as one may have begun the next run meanwhile
+                for child in children:
+                    child.terminate()
+                for child in children:
+                    child.join(SECONDS_TO_SAVE)
+            raise
 
 
 def train_one(study: DictConfig, data: Path, run: Run) -> None:
@@ -117,8 +133,10 @@ def train_one(study: DictConfig, data: Path, run: Run) -> None:
     asked = recipe_parts.keys(cfg, recipe_parts.ALIGNMENT)
     try:
         Stages(Path(study.output) / "runs").run(run.name, asked, lambda path: recipe.align(cfg, data, path, run.name))
-    except SystemExit as stop:  # a worker that exits would take the pool with it
-        raise RuntimeError(str(stop)) from stop
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):  # no complaint of ours: a scheduler wants all of us to stop
+            raise
+        raise RuntimeError(stop.code) from stop
 
 
 def ask_one(study: DictConfig, data: Path, run: Run) -> None:
@@ -126,6 +144,10 @@ def ask_one(study: DictConfig, data: Path, run: Run) -> None:
     cfg = _begin(study, grid(study)[0])
     sets = recipe_conditions.held_out_sets(cfg, data)
     recipe_evaluation.answer(cfg, sets, run.name, nemo_file(study, run), Path(study.output) / "evaluation")
+
+
+def _stop(signum: int, _frame: object) -> NoReturn:
+    raise SystemExit(f"stopped by {signal.Signals(signum).name}; run again to go on")
 
 
 def _begin(study: DictConfig, run: Run) -> DictConfig:

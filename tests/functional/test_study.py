@@ -2,8 +2,14 @@
 """The study at its smallest: two arms, two seeds, two steps; every table filled, nothing trained twice."""
 
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -126,3 +132,40 @@ def test_a_run_that_fails_keeps_none_of_the_others_from_being_made():
     ):
         rba_study.finish(Plan(workers=1), runs, train_one)
     assert [run.learning_rate for run in made] == [2.0, 3.0, 4.0, 2.0, 3.0, 4.0]
+
+
+def sleep_long(folder: Path, run: Run) -> None:
+    """What a worker is busy with."""
+    (folder / f"{os.getpid()}.pid").touch()
+    time.sleep(300)
+
+
+def test_who_stops_the_study_stops_its_workers(tmp_path):
+    import rba_study  # NeMo's: slow
+
+    def stop(pids: list[int]) -> None:
+        while len(pids) < 2:
+            time.sleep(0.1)
+            pids += [int(path.stem) for path in tmp_path.glob("*.pid") if int(path.stem) not in pids]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    pids, before = [], signal.signal(signal.SIGTERM, rba_study._stop)
+    threading.Thread(target=stop, args=(pids,), daemon=True).start()
+    try:
+        with pytest.raises(SystemExit, match="stopped by SIGTERM; run again to go on"):
+            rba_study.finish(Plan(workers=2), grid(plan(rba=[1.0], sft=[3.0])), partial(sleep_long, tmp_path))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(pids) == 2
+    assert not multiprocessing.active_children()
+
+
+def test_a_run_that_a_scheduler_stops_stops_the_study():
+    import rba_study  # NeMo's: slow
+
+    def preempted(run):
+        raise SystemExit(0)
+
+    with pytest.raises(SystemExit) as stop:
+        rba_study.finish(Plan(workers=1), grid(plan(rba=[1.0], sft=[3.0])), preempted)
+    assert stop.value.code == 0
