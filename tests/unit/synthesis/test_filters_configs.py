@@ -119,7 +119,7 @@ def test_every_augmentation_can_be_stored(recipe, name):
 def test_one_split_can_be_augmented_otherwise():
     cfg = composed("rba_tiny", "+augmentation@far=far_field", "synthesis.splits.2.augment=${far}",
                    "synthesis.splits.1.augment=null")  # fmt: skip
-    train, dev, test, _ = cfg.synthesis.splits
+    train, dev, test, *_ = cfg.synthesis.splits
     assert isinstance(instantiate(test.augment), Chain)
     assert train.augment == cfg.noise
     assert dev.augment is None
