@@ -20,7 +20,7 @@ from nemo_rba.evaluation.plots import TrainingCurves
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
 from nemo_rba.evaluation.runner import Prediction
-from study.runs import Run, budget, is_bracketed
+from study.runs import Run, config, is_bracketed
 
 FIXED = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade", "start": "Start (S0)"}
 
@@ -68,7 +68,8 @@ def _report(study: Study, prompts: int, folder: Callable, output: Path) -> dict:
     systems = FIXED | {run.name: arms[arm] for arm, runs in final.items() for run in runs}
     paths = {arm: [folder(study.config, run) for run in runs] for arm, runs in final.items()}
     cfg = study.recipe
-    clips = {arm: clips_heard(cfg, budget(study.config, prompts, arm)[0]) for arm in arms}
+    recipes = {arm: config(study.config, runs[0]) for arm, runs in final.items()}  # an arm may have other steps
+    clips = {arm: clips_heard(its, its.trainer.max_steps) for arm, its in recipes.items()}
     seconds = {
         arm: [json.loads((p / "done.json").read_text())["seconds"] for p in found] for arm, found in paths.items()
     }
