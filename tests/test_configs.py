@@ -150,6 +150,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_its_instructions_are_
         ["importance=masked", "objective=gspo", "watcher.min_entropy=null"],
         ["objective=distillation", "rollouts=teacher"],
         ["rollouts=mixed", "advantage=group_normalized"],
+        ["rollouts=mixed_fresh", "objective=rba_judged"],
         ["rollouts=mixed", "rollouts.group_size=2", "objective=dpo", "reward=spin", "advantage=group_centred"],
         ["rollouts=resampled", "objective=dr_grpo"],
     ],

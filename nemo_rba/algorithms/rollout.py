@@ -107,15 +107,19 @@ class MixedRollouts:
     def __init__(self, *, group_size: int, max_new_tokens: int, temperature: float, top_p: float):
         if group_size < 2:
             raise ValueError(f"rollouts.group_size must be 2 or more, the teacher's answer included, got {group_size}")
-        self.group_size, self.max_new_tokens = group_size, max_new_tokens
-        self._own = PolicyRollouts(
+        own = PolicyRollouts(
             group_size=group_size - 1, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
         )
-        self._teacher = TeacherRollouts()
+        self._among(own, TeacherRollouts())
+
+    def _among(self, own: PolicyRollouts, taught: RolloutSource) -> None:
+        self.group_size, self.max_new_tokens = own.group_size + taught.group_size, own.max_new_tokens
+        self._own, self._taught = own, taught
 
     def __call__(self, policy: Policy, batch: SpeechBatch, seed: int, rows: Tensor | None = None) -> list[Rollout]:
-        answers = [*self._own(policy, batch, seed, rows), *self._teacher(policy, batch, seed, rows)]
-        return sorted(answers, key=lambda rollout: rollout.prompt_index)  # stable: the teacher's is the last of each
+        answers = [*self._own(policy, batch, seed, rows), *self._taught(policy, batch, seed, rows)]
+        self.num_unfinished = self._taught.num_unfinished
+        return sorted(answers, key=lambda rollout: rollout.prompt_index)  # stable: the teacher's are the last of each
 
 
 class FreshTeacherRollouts:
@@ -162,6 +166,33 @@ class FreshTeacherRollouts:
             )
             for response, (row, instruction) in zip(responses, asked, strict=True)
         ]
+
+
+class FreshMixedRollouts(MixedRollouts):
+    """As ``MixedRollouts``, with new answers of the teacher, who reads the words, each time a spoken prompt comes by.
+
+    Where all of the student's own answers are wrong, a reward has nothing to choose from; here it has. With the
+    teacher's distribution as judgement (``JudgedPolicyLoss``) this is GKD (2306.13649) on both kinds of answers, and a
+    reward.
+
+    Args:
+        teacher: writes them, with the same settings as the student: ``FreshTeacherRollouts``.
+        num_taught: how many of a group's answers are the teacher's.
+        group_size: G, these included.
+    """
+
+    def __init__(
+        self, *, teacher: Teacher, num_taught: int, group_size: int, max_new_tokens: int, temperature: float,
+        top_p: float,
+    ):  # fmt: skip
+        if not 1 <= num_taught < group_size:
+            raise ValueError(
+                f"rollouts.num_taught is {num_taught}, of rollouts.group_size {group_size}; expected 1 or more of the "
+                "teacher's and one or more of the student's own: or set rollouts=policy, or rollouts=fresh_teacher"
+            )
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        own = PolicyRollouts(group_size=group_size - num_taught, **settings)
+        self._among(own, FreshTeacherRollouts(teacher=teacher, group_size=num_taught, **settings))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

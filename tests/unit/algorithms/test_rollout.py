@@ -5,12 +5,13 @@ import pytest
 import torch
 from one_word import FakePolicy, FakeTeacher, SaysYes, clipped, make, speech_batch
 
-from nemo_rba.algorithms.advantage import GreedyBaseline, GroupCentred, LeaveOneOut
+from nemo_rba.algorithms.advantage import GreedyBaseline, GroupCentred, GroupNormalized, LeaveOneOut
 from nemo_rba.algorithms.alignment import check_choices
 from nemo_rba.algorithms.group_losses import DPOLoss
 from nemo_rba.algorithms.importance import TruncatedImportance
 from nemo_rba.algorithms.objectives import DistillationLoss
 from nemo_rba.algorithms.rollout import (
+    FreshMixedRollouts,
     FreshTeacherRollouts,
     MixedRollouts,
     PolicyRollouts,
@@ -106,6 +107,34 @@ def test_spin_prefers_the_teachers_answer_whatever_it_says():
     history = [module.align(speech_batch(), step) for _ in range(30)]
     assert history[0]["dpo/ties"] == 0, "the teacher's answer is never one among equals"
     assert float(module.policy.logit.detach()) > 0.5, "yes has become likelier"
+
+
+def test_new_answers_of_the_teacher_join_each_group():
+    class Writer(FakeTeacher):
+        """Says yes to every prompt but the third, with which it does not come to an end."""
+
+        def generate(self, prompts, params):
+            return ["" if "2" in prompt else "yes" for prompt in prompts]
+
+    source = own(5, FreshMixedRollouts, teacher=Writer(), num_taught=2)
+    policy = FakePolicy()
+    rollouts = source(policy, speech_batch(), seed=0)
+    assert [rollout.prompt_index for rollout in rollouts] == [row for row in range(4) for _ in range(5)]
+    assert [rollout.logprobs is None for rollout in rollouts] == [False, False, False, True, True] * 4
+    assert source.num_unfinished == 2, "whose place the stored answer took"
+    some = source(policy, speech_batch(), seed=0, rows=torch.tensor([3, 1]))
+    assert [rollout.prompt_index for rollout in some] == [1] * 5 + [3] * 5
+    module, step = make(clipped(), source=source, advantage=GroupNormalized(epsilon=1e-4, divide_by_std=True))
+    metrics = module.align(speech_batch(), step)
+    (batch,) = module.policy.seen
+    assert metrics["rollout/unfinished"] == 2 / 20
+    rewards = (batch.response_ids[:, 0] == 0).float().view(4, 5)  # yes is obeyed
+    for row, advantages in zip(rewards, batch.advantages.view(4, 5), strict=True):
+        expected = (row - row.mean()) / (row.std() + 1e-4) if row.std() > 0 else torch.zeros(5)
+        torch.testing.assert_close(advantages, expected, msg="the teacher's are compared like all others")
+    for num_taught in (0, 5):
+        with pytest.raises(ValueError, match=rf"num_taught is {num_taught}, of rollouts\.group_size 5"):
+            own(5, FreshMixedRollouts, teacher=None, num_taught=num_taught)
 
 
 def test_a_teacher_answers_anew_each_time():
