@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from nemo.core.config import hydra_runner
 from omegaconf import DictConfig, MissingMandatoryValue
 
-from nemo_rba.algorithms.policy import FrozenPolicy
+from nemo_rba.algorithms.frozen_policy import FrozenPolicy
 from nemo_rba.data.audio import read_audio, single_prompt
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 

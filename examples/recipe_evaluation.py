@@ -18,7 +18,7 @@ from recipe_conditions import decoding_of
 from recipe_identity import fingerprints, has_start, identity
 from recipe_parts import LABELS, clips_heard, layout
 
-from nemo_rba.algorithms.policy import FrozenPolicy
+from nemo_rba.algorithms.frozen_policy import FrozenPolicy
 from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.data.loader import SpeechLoader
 from nemo_rba.data.prompt import typed_batch

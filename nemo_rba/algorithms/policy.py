@@ -21,10 +21,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from nemo_rba.algorithms.collate import move, select, select_prompts
-from nemo_rba.algorithms.speech_cache import SpeechCache
+from nemo_rba.algorithms.collate import select
+from nemo_rba.algorithms.frozen_policy import generate_in_parts
+from nemo_rba.algorithms.passes import forward_step, no_outcome, token_logprobs, token_loss
 from nemo_rba.checkpoint.sharded import metadata, sharded_weights
-from nemo_rba.distributed import cpu, pipeline, vocab_parallel
+from nemo_rba.distributed import cpu, pipeline
 from nemo_rba.distributed.parallel import data_parallel_size, data_parallel_sum, device
 from nemo_rba.modules import states
 from nemo_rba.modules.fixed_decode import fix_decode
@@ -32,23 +33,6 @@ from nemo_rba.modules.lora import add_lora
 from nemo_rba.modules.perception import EncodedSpeech
 from nemo_rba.protocols import Metrics, Objective
 from nemo_rba.types import Rollout, RolloutBatch, SamplingParams, SpeechBatch
-
-
-class FrozenPolicy:
-    """A SpeechLM that only answers: the ``generate`` of a policy, for evaluation and chat.
-
-    ``speech_cache`` is shared by the policies of one evaluation; None encodes every batch anew.
-    """
-
-    def __init__(self, *, model: nn.Module, generation_batch_size: int, speech_cache: SpeechCache | None):
-        self.model, self.generation_batch_size = model.requires_grad_(False), generation_batch_size
-        self._encode = model.encode if speech_cache is None else speech_cache.encoder_of(model)
-
-    @torch.no_grad()
-    def generate(self, batch: SpeechBatch, *, group_size: int, params: SamplingParams) -> list[Rollout]:
-        """See ``protocols.Policy``."""
-        speech = self._encode(batch)
-        return _generate(self.model, batch, speech, self.generation_batch_size, group_size, params)
 
 
 class MegatronPolicy:
@@ -110,7 +94,9 @@ class MegatronPolicy:
         self, batch: SpeechBatch, *, group_size: int, params: SamplingParams, rows: Tensor | None = None
     ) -> list[Rollout]:
         """See ``protocols.Policy``."""
-        return _generate(self.model, batch, self._encode(batch), self.generation_batch_size, group_size, params, rows)
+        return generate_in_parts(
+            self.model, batch, self._encode(batch), self.generation_batch_size, group_size, params, rows
+        )
 
     def encode_response(self, response: str) -> list[int]:
         """See ``protocols.Policy``."""
@@ -120,7 +106,9 @@ class MegatronPolicy:
     def logprobs(self, batch: RolloutBatch, *, reference: bool = False) -> Tensor:
         """See ``protocols.Policy``."""
         with self.at_start() if reference else nullcontext():
-            outputs = self._schedule(self.model, batch, self._shared_speech(batch.prompts), _judge, forward_only=True)
+            outputs = self._schedule(
+                self.model, batch, self._shared_speech(batch.prompts), token_logprobs, forward_only=True
+            )
         values = torch.cat(outputs) if pipeline.is_last_stage() else torch.empty(batch.response_ids.shape)
         return pipeline.from_last_stage(values.to(device(), torch.float32)).cpu()
 
@@ -138,9 +126,9 @@ class MegatronPolicy:
         for ours, theirs in zip(self._microbatches(heard), self._microbatches(read), strict=True):
             both = states.Agreement(self.model.llm, layers, ours.response_mask.to(device()))
             with both.keep():
-                self._schedule(self.model, ours, speech, _nothing, forward_only=True)
+                self._schedule(self.model, ours, speech, no_outcome, forward_only=True)
             with self.at_start(), both.compare():
-                self._schedule(self.model, theirs, None, _nothing, forward_only=True)
+                self._schedule(self.model, theirs, None, no_outcome, forward_only=True)
             sums.append(both.total)
         return pipeline.sum_over_stages(torch.cat(sums)).cpu() / (len(layers) * heard.response_mask.sum(1))
 
@@ -191,12 +179,12 @@ class MegatronPolicy:
         if pipeline.num_stages() > 1:
             for part in unread:
                 with self.at_start(), drawn.keep(part.response_mask.to(device())):
-                    self._schedule(self.model, part, None, _nothing, forward_only=True)
+                    self._schedule(self.model, part, None, no_outcome, forward_only=True)
 
         def ahead(part: RolloutBatch) -> RolloutBatch:
             if pipeline.num_stages() == 1:
                 with self.at_start(), drawn.keep(part.response_mask.to(device())):
-                    _forward_step(unread, self.model, judge=_nothing, speech=None)
+                    forward_step(unread, self.model, judge=no_outcome, speech=None)
             drawn.begin()
             return part
 
@@ -210,7 +198,7 @@ class MegatronPolicy:
         # megatron divides by both; our loss has the global count already
         scale = len(list(self._microbatches(batch))) * data_parallel_size()
         self.model.llm.train()
-        speech, judge = self._shared_speech(batch.prompts), partial(_loss, objective=objective, scale=scale)
+        speech, judge = self._shared_speech(batch.prompts), partial(token_loss, objective=objective, scale=scale)
         outputs = self._schedule(self._ddp, batch, speech, judge, forward_only=False, ahead=ahead)
         self.model.llm.eval()
         metrics = {}
@@ -274,7 +262,7 @@ class MegatronPolicy:
         parts = list(self._microbatches(batch))
         with cpu.redirect_cuda():
             return get_forward_backward_func()(
-                forward_step_func=partial(_forward_step, judge=judge, speech=speech),
+                forward_step_func=partial(forward_step, judge=judge, speech=speech),
                 data_iterator=iter(parts) if ahead is None else map(ahead, parts),
                 model=[model],
                 num_microbatches=len(parts),
@@ -316,66 +304,6 @@ class FixedDecodePolicy(MegatronPolicy):
     def __init__(self, *, model: nn.Module, decode: Mapping, **settings):
         fix_decode(model.llm, **decode)
         super().__init__(model=model, **settings)
-
-
-def _forward_step(parts, model: Callable, *, judge: Callable, speech: EncodedSpeech | None):
-    """One microbatch through this stage, as megatron's schedules want it."""
-    part = next(parts)
-    prompts = part.prompt_index.unique()
-    with cpu.plain_torch():
-        output = model(
-            select_prompts(part.prompts, prompts),
-            _rows(speech, prompts),
-            part.response_ids,
-            part.response_mask,
-            len(part) // len(prompts),
-        )
-    return output, partial(judge, part=part)
-
-
-def _judge(logits: Tensor, *, part: RolloutBatch, non_loss_data: bool) -> Tensor:
-    with cpu.plain_torch():
-        return _token_logprobs(logits, part, topk=False)
-
-
-def _nothing(logits: Tensor, *, part: RolloutBatch, non_loss_data: bool) -> None:
-    """For passes whose hidden states were all that was asked for."""
-
-
-def _loss(logits: Tensor, *, part: RolloutBatch, objective: Objective, scale: int):
-    with cpu.plain_torch():
-        part = move(part, logits.device)
-        loss, metrics = objective(_token_logprobs(logits, part, topk=objective.teacher_topk > 0), part)
-        return loss * scale, metrics
-
-
-def _token_logprobs(logits: Tensor, part: RolloutBatch, *, topk: bool) -> Tensor:
-    """Packed logits (M, V / tp) -> log-probabilities (N, T), or (N, T, K) at the teacher's candidates; 0 if masked."""
-    mask = part.response_mask.to(logits.device)
-    ids = (part.teacher_topk_ids if topk else part.response_ids[..., None]).to(logits.device)
-    picked = vocab_parallel.gather(vocab_parallel.log_softmax(logits), ids[mask])
-    values = picked.new_zeros(ids.shape)
-    values[mask] = picked
-    return values if topk else values[..., 0]
-
-
-def _rows(speech: EncodedSpeech | None, rows: Tensor) -> EncodedSpeech | None:
-    if speech is None:
-        return None
-    rows = rows.to(speech.features.device)
-    return EncodedSpeech(speech.features[rows], speech.lens[rows])
-
-
-def _generate(
-    model: nn.Module, batch: SpeechBatch, speech: EncodedSpeech | None, size: int, group_size: int,
-    params: SamplingParams, rows: Tensor | None = None,
-) -> list[Rollout]:  # fmt: skip
-    """Answers to a batch, or to some ``rows`` of it, ``size`` prompts at a time."""
-    rollouts = []
-    for part in (torch.arange(len(batch)) if rows is None else rows).split(size):
-        answers = model.generate(select_prompts(batch, part), _rows(speech, part), group_size=group_size, params=params)
-        rollouts += [dataclasses.replace(answer, prompt_index=int(part[answer.prompt_index])) for answer in answers]
-    return rollouts
 
 
 def _freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:

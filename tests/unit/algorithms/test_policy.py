@@ -11,8 +11,9 @@ from hydra.utils import instantiate
 from tiny_models import load_speech_lm, make_batch
 
 from nemo_rba.algorithms.collate import collate, prompt_index
+from nemo_rba.algorithms.frozen_policy import FrozenPolicy
 from nemo_rba.algorithms.objectives import ClippedPolicyLoss, DistillationLoss
-from nemo_rba.algorithms.policy import FixedDecodePolicy, FrozenPolicy, MegatronPolicy
+from nemo_rba.algorithms.policy import FixedDecodePolicy, MegatronPolicy
 from nemo_rba.algorithms.rollout import PolicyRollouts, TeacherRollouts
 from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.models.rba_speech_lm import RBASpeechLM

@@ -8,7 +8,8 @@ import torch
 from tiny_models import load_speech_lm, make_batch
 
 from nemo_rba.algorithms.collate import select_prompts, transcript_prompt
-from nemo_rba.algorithms.policy import FrozenPolicy, MegatronPolicy
+from nemo_rba.algorithms.frozen_policy import FrozenPolicy
+from nemo_rba.algorithms.policy import MegatronPolicy
 from nemo_rba.algorithms.speech_cache import SpeechCache
 from nemo_rba.data.prompt import typed_batch
 from nemo_rba.synthesis.teacher_salm import SALMTeacher
