@@ -29,15 +29,8 @@ from nemo_rba.evaluation.conditions import Decoding, HeldOut
 from nemo_rba.evaluation.plots import TrainingCurves, read_curve
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
-from nemo_rba.evaluation.runner import (
-    CascadeSystem,
-    PolicySystem,
-    Prediction,
-    System,
-    TeacherSystem,
-    read_answers,
-    run,
-)
+from nemo_rba.evaluation.runner import Prediction, read_answers, run
+from nemo_rba.evaluation.systems import CascadeSystem, PolicySystem, System, TeacherSystem
 from nemo_rba.evaluation.tasks import ItemTask
 from nemo_rba.manifest import read_manifest
 from nemo_rba.models.rba_speech_lm import RBASpeechLM

@@ -38,7 +38,8 @@ from nemo_rba.synthesis.shards import Shards
 from nemo_rba.synthesis.speech import SpeechStage
 from nemo_rba.synthesis.splits import Split, check_disjoint, check_splits, made
 from nemo_rba.synthesis.spoken_form import SpokenForm
-from nemo_rba.synthesis.text import BARREN_SAMPLES, TextResult, TextStage, TextWork
+from nemo_rba.synthesis.text import BARREN_SAMPLES, TextResult, TextStage
+from nemo_rba.synthesis.text_work import TextWork
 from nemo_rba.types import SamplingParams
 
 # may change between two runs of one data set

@@ -9,20 +9,16 @@ so a resumed run cannot differ from an uninterrupted one, nor a run of many rank
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from nemo_rba.protocols import Teacher
-from nemo_rba.synthesis.augment import keyed_seed
 from nemo_rba.synthesis.files import read_jsonl, write_jsonl
 from nemo_rba.synthesis.filters import Filter, apply_filters
-from nemo_rba.synthesis.instructions import Draft, Sampler, answer
-from nemo_rba.synthesis.orders import Handler, Place
-from nemo_rba.synthesis.spoken_form import Spoken, SpokenForm
-from nemo_rba.synthesis.unanswered import Unanswered
-from nemo_rba.types import Instruction, SamplingParams
+from nemo_rba.synthesis.instructions import Draft
+from nemo_rba.synthesis.spoken_form import Spoken
+from nemo_rba.synthesis.text_work import TextWork, batch_name, beyond_text, response_fields, restored, stored_responses
+from nemo_rba.types import Instruction
 
 BARREN_SAMPLES = 5000  # in a row, of which none is of use, after which no more are asked for
 
@@ -34,56 +30,6 @@ STEPS = (SAMPLED, TYPED, WORDED, SPEAKABLE, WANTED, ANSWERS, ANSWERED, KEPT)
 Quota = tuple[str, str]  # (split, kind); kind "" = any
 HaveDone = Callable[[str, Mapping[str, dict]], None]  # (kind, name -> order): returns when all are done
 Dropped = list[tuple[Instruction, str]]  # with the reason
-
-
-class TextWork:
-    """What any rank can do for a batch; results are files in ``parts``, until the batch's own is written.
-
-    Args:
-        teacher: who answers.
-        sampler: where instructions come from. Those that have a response already are not answered.
-        spoken_form: puts numbers and symbols into words; None speaks what was written.
-        response_params: how answers are sampled; the seed is replaced by one for each batch.
-        folder: where batches are kept.
-        seed: with a batch's number it decides the answers of the batch.
-    """
-
-    def __init__(self, *, teacher: Teacher, sampler: Sampler, spoken_form: SpokenForm | None,
-                 response_params: SamplingParams, folder: Path, seed: int):  # fmt: skip
-        self._teacher, self._params, self._seed, self.folder = teacher, response_params, seed, folder
-        self.sampler, self.spoken_form = sampler, spoken_form
-
-    @property
-    def handlers(self) -> dict[str, Handler]:
-        """By kind of order, the one first that others wait for."""
-        return {"answer": self.answer, "form": self.form, "sample": self.sample}
-
-    def part(self, index: int, kind: str) -> Path:
-        """Where the result of an order is until the batch is complete."""
-        return self.folder / "parts" / f"{batch_name(index)}.{kind}.jsonl"
-
-    def sample(self, order: dict) -> Place:
-        """{index} -> the drafts of that batch."""
-        rows = [{"text": draft.text} | _beyond_text(draft) for draft in _drafts(self.sampler.batch(order["index"]))]
-        return partial(write_jsonl, self.part(order["index"], "sample"), rows)
-
-    def form(self, order: dict) -> Place:
-        """{index, texts} -> how each is spoken, or why it cannot be."""
-        rows = [{"spoken": list(spoken)} for spoken in self.spoken_form(order["texts"])]
-        return partial(write_jsonl, self.part(order["index"], "form"), rows)
-
-    def answer(self, order: dict) -> Place:
-        """{index, texts, contexts, counts} -> as many answers to each as are counted."""
-        params = replace(self._params, seed=keyed_seed(self._seed, f"answers/{order['index']}"))
-        asked = [
-            Instruction(id="", text=text, response="", task="", context=context)
-            for text, context, count in zip(order["texts"], order["contexts"], order["counts"], strict=True)
-            for _ in range(count)
-        ]
-        found = answer(self._teacher, asked, params)
-        answers = ({"unanswered": a.reason} if isinstance(a, Unanswered) else a for a in found)
-        rows = [{"responses": [next(answers) for _ in range(count)]} for count in order["counts"]]
-        return partial(write_jsonl, self.part(order["index"], "answer"), rows)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -205,7 +151,7 @@ class TextStage:
 
     def _batch(self, index: int, stored: list[dict] | None) -> _Batch:
         rows = read_jsonl(self._work.part(index, "sample")) if stored is None else stored
-        drafts = [_restored(row) for row in rows]
+        drafts = [restored(row) for row in rows]
         sampled = [self._instruction(f"b{index:05d}-{number:04d}", draft) for number, draft in enumerate(drafts)]
         known = None if stored is None else dict(zip([i.id for i in sampled], stored, strict=True))
         return _Batch(index=index, drafts=drafts, stored=known, sampled=sampled)
@@ -266,7 +212,7 @@ class TextStage:
         orders = {}
         for batch in batches:
             if batch.stored is not None:
-                responses = [_stored_responses(row) for row in batch.stored.values()]
+                responses = [stored_responses(row) for row in batch.stored.values()]
                 batch.responses = [found for found in responses if found is not None]
                 self._check_fits(batch, len(batch.responses) == len(batch.wanted))
                 continue
@@ -299,7 +245,7 @@ class TextStage:
         responses = {i.id: found for i, found in zip(batch.wanted, batch.responses, strict=True)}
         spoken = {i.id: {"spoken": list(said)} for i, said in batch.said} if self._work.spoken_form is not None else {}
         write_jsonl(self._path(batch.index), [
-            {"text": draft.text} | _response_fields(responses.get(i.id)) | spoken.get(i.id, {}) | _beyond_text(draft)
+            {"text": draft.text} | response_fields(responses.get(i.id)) | spoken.get(i.id, {}) | beyond_text(draft)
             for draft, i in zip(batch.drafts, batch.sampled, strict=True)
         ])  # fmt: skip
         for kind in self._work.handlers:
@@ -360,36 +306,5 @@ class TextStage:
             )
 
 
-def batch_name(index: int) -> str:
-    """Of a batch's files and orders."""
-    return f"batch-{index:05d}"
-
-
 def _full(quota: Quota) -> str:
     return f"quota: {'/'.join(filter(None, quota))} is full"
-
-
-def _drafts(written: Iterable[str | Draft]) -> list[Draft]:
-    return [Draft(text=item, reason=getattr(item, "reason", "")) if isinstance(item, str) else item for item in written]
-
-
-def _restored(row: dict) -> Draft:
-    draft = Draft(text=row["text"], **row.get("draft", {}))
-    return replace(draft, aliases=tuple(draft.aliases))
-
-
-def _beyond_text(draft: Draft) -> dict:
-    found = draft.beyond_text()
-    return {"draft": found} if found else {}
-
-
-def _response_fields(responses: list[str] | None) -> dict:
-    if responses is None or len(responses) == 1:
-        return {"response": responses and responses[0]}
-    return {"responses": responses}
-
-
-def _stored_responses(row: dict) -> list[str] | None:
-    if "responses" in row:
-        return row["responses"]
-    return None if row["response"] is None else [row["response"]]

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_rba.evaluation.runner import CascadeSystem, PolicySystem, TeacherSystem, read_answers, rescore, run
+from nemo_rba.evaluation.runner import read_answers, rescore, run
+from nemo_rba.evaluation.systems import CascadeSystem, PolicySystem, TeacherSystem
 from nemo_rba.evaluation.tasks import InstructionFollowingTask, RewardTask
 from nemo_rba.types import Instruction, Rollout, SamplingParams, SpeechBatch
 

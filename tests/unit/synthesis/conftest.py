@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rba.synthesis.text import TextStage, TextWork
+from nemo_rba.synthesis.text import TextStage
+from nemo_rba.synthesis.text_work import TextWork
 from nemo_rba.types import SamplingParams
 
 SENTENCE = "what is one two three plus minus say the word cat dog tell me name a color hello red blue"
