@@ -166,9 +166,10 @@ def _grid(study: Study, prompts: int) -> Table:
 
 
 def _caption(study: Study) -> str:
+    seeds = len(study.config.seeds)
     return (
-        f"Mean over {len(study.config.seeds)} seeds of (aligned - start) / (teacher - start) on held-out voices; bars: "
-        "95 % intervals, paired bootstrap over items."
+        f"Mean over {seeds} seed{'s' if seeds > 1 else ''} of (aligned - start) / (teacher - start) on held-out "
+        "voices; bars: 95 % intervals, paired bootstrap over items."
     )
 
 
