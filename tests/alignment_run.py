@@ -82,7 +82,7 @@ def build(
         ),
         build_policy=partial(
             MegatronPolicy, lora=None, freeze=["^perception\\.encoder"], micro_batch_size=2, generation_batch_size=8,
-            weight_decay=0.01, betas=(0.9, 0.98), epsilon=1e-8, max_grad_norm=1.0,
+            weight_decay=0.01, betas=(0.9, 0.98), epsilon=1e-5, max_grad_norm=1.0,
             recompute=False, distributed_optimizer=False,
         ),
         source=PolicyRollouts(group_size=3, max_new_tokens=8, temperature=1.0, top_p=1.0),

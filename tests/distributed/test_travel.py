@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints travel: a run broken off under TP2 goes on under TP2, PP2 or alone, and ends where it would have ended.
 
-Tolerance 5e-5 of a tensor's norm (1e-5 was seen); the weights, of size 1, moved by up to 4e-2. A single one may be off
-by a tenth of a step of the peak learning rate: AdamW divides a gradient by its own size, so where it is nearly 0 the
-rounding of another layout is a visible part of the step (1.2e-4 was seen in one weight, 1.2e-5 in all others).
+Tolerance 5e-5 on weights of size 1 that moved by up to 4e-2 in 14 AdamW steps (1.0e-5 was seen). A step divides a
+gradient by its own size plus epsilon; alignment_run sets 1e-5, so that a gradient that is nearly 0 does not turn the
+rounding of another layout into a step.
 """
 
 import os
@@ -18,7 +18,7 @@ from alignment_run import EVERY_TWO_STEPS, NUM_BATCHES, build, fit, make_manifes
 from nemo_rba.checkpoint.whole import gather_state
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 
-TOLERANCE, LARGEST = 5e-5, 3e-4
+TOLERANCE = 5e-5
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,7 @@ def uninterrupted(llama_salm, manifest, tmp_path_factory):
 def assert_same(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        off = (found[name] - value).double()
-        assert off.norm() <= TOLERANCE * value.double().norm(), f"{name}: {off.norm()} of {value.norm()}"
-        assert off.abs().max() <= LARGEST, f"{name}: {off.abs().max()}"
+        torch.testing.assert_close(found[name], value, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", ["to_tp2", "to_pp2"])
