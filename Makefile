@@ -33,7 +33,7 @@ align: $(STAMP)
 	$(BIN)/python examples/rba_align.py --config-name=$(CONFIG)
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

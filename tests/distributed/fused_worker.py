@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of bf16 policies whose Adam is that of Transformer Engine.
 
-A script for torchrun, ``torchrun --nproc_per_node=2 fused_worker.py SALM FOLDER``. On a GPU megatron takes Transformer
+``main`` runs in two processes. On a GPU megatron takes Transformer
 Engine's Adam, which counts steps in its groups and not in its states, and reads and writes its checkpoints by other
 branches than torch's. Here a plain Adam of that face stands in its place. One layout saves, each reads, and every
 process leaves what the next update made of the weights.
 """
 
-import sys
 from pathlib import Path
 
 import megatron.core.optimizer as megatron_optimizer
@@ -114,12 +113,12 @@ def measure(salm: Path, folder: Path, kind: str) -> dict:
     return found
 
 
-if __name__ == "__main__":
+def main(salm: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     megatron_optimizer.Adam = distrib_optimizer.Adam = FusedAdam
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
     dist.init_process_group("gloo")
-    measured = {kind: measure(Path(sys.argv[1]), Path(sys.argv[2]), kind) for kind in KINDS}
-    torch.save(measured, Path(sys.argv[2]) / f"{dist.get_rank()}.pt")
+    measured = {kind: measure(salm, folder, kind) for kind in KINDS}
+    torch.save(measured, folder / f"{dist.get_rank()}.pt")
     dist.barrier()

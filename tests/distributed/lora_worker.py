@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a language model with LoRA does, measured under one layout after the other.
 
-A script for torchrun, ``torchrun --nproc_per_node=2 lora_worker.py FOLDER``: each process of each layout leaves in
-FOLDER what it measured. The first layout also leaves a sharded checkpoint, which all of them then load.
+``main`` runs in two processes: each process of each layout leaves in FOLDER what it measured. The first layout also
+leaves a sharded checkpoint, which all of them then load.
 """
 
-import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -211,6 +210,7 @@ def measure(layout: str, folder: Path) -> dict:
 
 
 def main(folder: Path) -> None:
+    torch.set_num_threads(1)
     store, rank, _ = next(dist.rendezvous("env://"))
     for layout, (tp, pp, _) in LAYOUTS.items():
         if rank < tp * pp:
@@ -223,8 +223,3 @@ def main(folder: Path) -> None:
             dist.barrier()
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
-
-
-if __name__ == "__main__":  # saving a checkpoint starts processes that import this file
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a policy does, measured under one layout: answers, log-probabilities, gradients, metrics, updated weights.
 
-A script for torchrun, ``torchrun --nproc_per_node=4 parity.py FOLDER LAYOUT...``: FOLDER holds the SALM checkpoints
-``llama`` and ``qwen3``, and each process of each layout leaves there what it measured. One launch measures all layouts,
-each in a world of its own size: importing NeMo costs more than everything they do.
+``main`` runs in four processes: FOLDER holds the SALM checkpoints ``llama`` and ``qwen3``, and each process of each
+layout leaves there what it measured. One launch measures all layouts, each in a world of its own size.
 """
 
 import dataclasses
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -171,8 +169,8 @@ def run_layout(folder: Path, layout: str, store: dist.Store, rank: int) -> None:
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    launcher_store, launcher_rank, _ = next(dist.rendezvous("env://"))
-    for name in sys.argv[2:]:
-        run_layout(Path(sys.argv[1]), name, launcher_store, launcher_rank)
+    store, rank, _ = next(dist.rendezvous("env://"))
+    for layout in LAYOUTS:
+        run_layout(folder, layout, store, rank)

@@ -5,26 +5,18 @@ Tolerance: read weights are the saved ones, bit by bit. The next update of the s
 forward pass in bf16 rounds elsewhere, so weights may differ by a share of a step (1e-2), far less than without moments.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import fused_worker
 import pytest
 import torch
+from forked import run_ranks
 from fused_worker import KINDS, LAYOUTS, LEARNING_RATE
 
 
 @pytest.fixture(scope="module")
 def measured(llama_salm, tmp_path_factory) -> list[dict]:
     """What each process measured."""
-    folder, tests = tmp_path_factory.mktemp("fused"), Path(__file__).resolve().parents[1]
-    paths = os.pathsep.join([str(tests), str(tests / "distributed"), str(tests.parent)])
-    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(tests / "distributed" / "fused_worker.py"), str(llama_salm[0]), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    folder = tmp_path_factory.mktemp("fused")
+    run_ranks(fused_worker.main, llama_salm[0], folder, num_ranks=2, folder=folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

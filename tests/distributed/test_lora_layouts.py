@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA under tensor, sequence and pipeline parallelism gives what it gives on one process, in fp32 on CPU with gloo."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import lora_worker
 import pytest
 import torch
+from forked import run_ranks
 from lora_worker import LAYOUTS
 
 PARALLEL = [layout for layout in LAYOUTS if layout != "one"]
@@ -16,12 +13,8 @@ PARALLEL = [layout for layout in LAYOUTS if layout != "one"]
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict:
     """Layout -> what each of its processes measured."""
-    folder, tests = tmp_path_factory.mktemp("lora"), Path(__file__).resolve().parents[1]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(tests / "distributed" / "lora_worker.py"), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    folder = tmp_path_factory.mktemp("lora")
+    run_ranks(lora_worker.main, folder, num_ranks=2, folder=folder)
     return {
         layout: [torch.load(folder / f"{layout}.{rank}.pt", weights_only=False) for rank in range(tp * pp)]
         for layout, (tp, pp, _) in LAYOUTS.items()

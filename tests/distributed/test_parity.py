@@ -13,13 +13,10 @@ The qwen3 case recomputes activations under every layout but the first; llama un
 Tokens are compared exactly: a seeded sample changes only where a uniform number falls within 1e-6 of a token's edge.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import parity
 import pytest
 import torch
+from forked import run_ranks
 from parity import CASES, GROUP_SIZE, LAYOUTS, SECONDS, WORLD_SIZES, shares_optimizer
 
 SAME_WEIGHTS, AFTER_UPDATE, UPDATED_WEIGHTS = 1e-5, 5e-5, 2e-6
@@ -37,12 +34,7 @@ def folder(llama_salm, qwen3_salm, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(folder) -> dict:
     """Layout -> what each of its processes measured."""
-    tests = Path(__file__).resolve().parents[1]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    command = [*torchrun, str(tests / "distributed" / "parity.py"), str(folder), *LAYOUTS]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(parity.main, folder, num_ranks=max(WORLD_SIZES.values()), folder=folder)
     return {
         layout: [torch.load(folder / f"{layout}.{rank}.pt", weights_only=False) for rank in range(size)]
         for layout, size in WORLD_SIZES.items()

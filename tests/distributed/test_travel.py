@@ -6,14 +6,11 @@ gradient by its own size plus epsilon; alignment_run sets 1e-5, so that a gradie
 rounding of another layout into a step.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import travel
 from alignment_run import EVERY_TWO_STEPS, NUM_BATCHES, build, fit, make_manifest
+from forked import run_ranks
 
 from nemo_rba.checkpoint.whole import gather_state
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
@@ -30,20 +27,7 @@ def manifest(tmp_path_factory):
 def folder(llama_salm, manifest, tmp_path_factory):
     """What ``travel.py`` left."""
     folder = tmp_path_factory.mktemp("travel")
-    tests = Path(__file__).resolve().parents[1]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(tests / "distributed/travel.py"),
-    ]
-    done = subprocess.run(
-        [*command, str(llama_salm[0]), str(manifest), str(folder)], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(travel.main, llama_salm[0], manifest, folder, num_ranks=2, folder=folder)
     return folder
 
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that changes its layout on the way: ``torchrun --nproc_per_node=2 travel.py SALM MANIFEST FOLDER``.
+"""A run of two processes that changes its layout on the way.
 
-FOLDER/<name> holds what each run left: checkpoints, metrics, and its final weights as ``final.nemo``.
+``main``'s FOLDER/<name> holds what each run left: checkpoints, metrics, and its final weights as ``final.nemo``.
 """
 
 import shutil
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,6 +44,8 @@ def copy(source: Path, target: Path) -> None:
 
 
 def main(salm: Path, manifest: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
     with suppress(StopHere):
         run(salm, manifest, folder / "broken", "tp2", CRASH_AT)
     for name in ("one", "to_pp2", "to_tp2"):
@@ -60,9 +61,3 @@ def main(salm: Path, manifest: Path, folder: Path) -> None:
         if dist.get_rank() == 0:
             torch.save(whole, folder / f"restored_{layout}.pt")
         dist.barrier()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    main(*(Path(argument) for argument in sys.argv[1:]))

@@ -2,19 +2,15 @@
 """The whole story on the real assets, shortened: the commands of the README, in processes of their own."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from forked import ROOT, kill, start_script
 
-ROOT = Path(__file__).parent.parent.parent
 SHORT = [
     "num_minibatches=1",
     "data.num_train=48", "data.num_dev=24", "data.num_test=40", "data.num_test_seen=20", "trainer.max_steps=12",
@@ -25,21 +21,17 @@ SHORT = [
 TWO_PROCESSES = ["trainer.devices=2", "data.batch_size=8"]  # the same global batch
 EIGHT_BILLION = "eight-billion"  # a folder that must not appear
 
-LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+
+def start(script: str, *arguments: str, log: Path) -> BaseProcess:
+    return start_script(ROOT / "examples" / script, *arguments, log=log)
 
 
-def start(script: str, *arguments: str, stdout=subprocess.PIPE) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}  # Lightning leaves its own
-    return subprocess.Popen(
-        [sys.executable, f"examples/{script}", *arguments], cwd=ROOT, text=True, stdout=stdout,
-        stderr=subprocess.STDOUT, start_new_session=True, env=environment,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output[-3000:]
-    return output
+def finish(process: BaseProcess, log: Path) -> tuple[int, str]:
+    """(exit status, output)"""
+    process.join(timeout=500)
+    status = process.exitcode
+    kill(process)
+    return status, log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +41,17 @@ def run(tmp_path_factory):
     arguments = ["--config-name=rba_tiny", f"output={folder}", *SHORT]
     checkpoints = folder / "align_rba" / "lightning" / "checkpoints"
     log = folder.parent / "first.log"
-    with log.open("w") as output:  # a pipe nobody reads would fill up and stop the job
-        process = start("rba_align.py", *arguments, stdout=output)
-        deadline = time.monotonic() + 400
-        while not list(checkpoints.glob("*-last")) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-    assert process.poll() is None, log.read_text()[-3000:]
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process = start("rba_align.py", *arguments, log=log)
+    deadline = time.monotonic() + 400
+    while not list(checkpoints.glob("*-last")) and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert process.is_alive(), log.read_text()[-3000:]
+    kill(process)
     assert list(checkpoints.glob("*-last")), log.read_text()[-3000:]
-    return folder, finish(start("rba_align.py", *arguments, *TWO_PROCESSES))
+    log = log.with_name("second.log")
+    status, output = finish(start("rba_align.py", *arguments, *TWO_PROCESSES, log=log), log)
+    assert status == 0, output[-3000:]
+    return folder, output
 
 
 def test_it_goes_on_after_a_kill(run):
@@ -101,7 +94,7 @@ def test_report_and_data_are_complete(run):
 
 @pytest.fixture(scope="module")
 def commands(run):
-    """name -> (exit status, output) of the commands of the README on what ``run`` left; two at a time, as cores are."""
+    """name -> (exit status, output) of the commands of the README on what ``run`` left."""
     from nemo_rba.synthesis.tts import EspeakTTS
 
     folder, _ = run
@@ -122,13 +115,11 @@ def commands(run):
         "8b": ("rba_align.py", "--config-name=rba_8b", f"output={folder / EIGHT_BILLION}"),
     }  # fmt: skip
 
-    def call(line: tuple[str, ...]) -> tuple[int, str]:
-        process = start(*line)
-        output, _ = process.communicate(timeout=500)
-        return process.returncode, output
+    def call(name: str) -> tuple[int, str]:
+        log = folder.parent / f"{name}.log"
+        return finish(start(*lines[name], log=log), log)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(lines, pool.map(call, lines.values()), strict=True))
+    return {name: call(name) for name in lines}
 
 
 def test_a_second_run_does_nothing(commands):

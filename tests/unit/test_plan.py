@@ -3,11 +3,8 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 from tiny_models import load_speech_lm, make_batch
@@ -20,7 +17,6 @@ from nemo_rba.modules.fixed_decode import FixedDecode
 from nemo_rba.plan.memory import cache_capacity
 from nemo_rba.types import RolloutBatch, SamplingParams
 
-ROOT = Path(__file__).parents[2]
 B, G, T, V = 2, 3, 40, 64
 FREEZE = [r"^perception\.(preprocessor|encoder)"]
 ACTIVATION_TOLERANCE = 0.02
@@ -56,33 +52,30 @@ RUNS = EIGHT_BILLION | {
     "8b_thrifty": ["--config-name=rba_8b", "policy.recompute=true", "policy.distributed_optimizer=true"],
     "odd": [*TINY, "trainer.devices=3", "model.tensor_model_parallel_size=2"],
 }
-SCRIPT = """
-import json, runpy, sys
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["examples/rba_plan.py", *arguments]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as stop:
-        print(stop)
-"""
 
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory, llama_salm, qwen3_salm):
     """Every run's plan by name, and what was printed: all by the command, in one process."""
     folder = tmp_path_factory.mktemp("plans")
-    arguments = []
+    lines = []
     for name, overrides in RUNS.items():
         salm = (qwen3_salm if name == "qwen3" else llama_salm)[0]
         where = [] if name.startswith("8b") else [f"model.folder={salm}"]
-        arguments.append([*overrides, *where, f"plan.json={folder / name}.json"])
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(arguments)], cwd=ROOT, text=True, capture_output=True,
-        env=os.environ | {"PYTHONPATH": paths, "HYDRA_FULL_ERROR": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}, done.stdout
+        lines.append([*overrides, *where, f"plan.json={folder / name}.json"])
+    log = folder / "log"
+    process = forked.start(run_plans, lines, log=log, env={"HYDRA_FULL_ERROR": "1"})
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}, log.read_text()
+
+
+def run_plans(lines: list[list[str]]) -> None:
+    for arguments in lines:
+        try:
+            forked.run_script(str(forked.ROOT / "examples" / "rba_plan.py"), *arguments)
+        except SystemExit as stop:
+            print(stop)
 
 
 def item(plan: dict, name: str) -> int:

@@ -34,18 +34,25 @@ def instruction(text: str, response: str = "yes") -> Instruction:
     return Instruction(id="x", text=text, response=response, task="t")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.fixture(scope="module")
+def tiny() -> DictConfig:
+    return composed("rba_tiny")
+
+
 @pytest.mark.parametrize("name", FILTERS)
-def test_every_filter_can_be_added_by_name(tmp_path, stage, name):
+def test_every_filter_can_be_added_by_name(tiny, tmp_path, name):
     (tmp_path / "test.txt").write_text("who wrote hamlet")
-    files = [f"synthesis.{stage}.mine.files=[{tmp_path}/test.txt]"] if name == "contamination" else []
-    cfg = composed("rba_tiny", f"+filter@synthesis.{stage}.mine={name}", *files)
-    assert set(cfg.synthesis[stage].mine) == set(OmegaConf.load(CONF / "filter" / f"{name}.yaml"))
-    if name in ("embedding_duplicate", "reward_model"):
-        return  # made, with their models, in test_deduplicate.py and test_filters_quality.py
-    found, before = made(cfg, stage), made(composed("rba_tiny"), stage)
-    assert [type(f) for f in found[:-1]] == [type(f) for f in before], "it comes last"
-    assert isinstance(found[-1], partial) == ("_partial_" in cfg.synthesis[stage].mine), "waits for the teacher"
+    overrides = [f"+filter@synthesis.{stage}.mine={name}" for stage in STAGES]
+    if name == "contamination":
+        overrides += [f"synthesis.{stage}.mine.files=[{tmp_path}/test.txt]" for stage in STAGES]
+    cfg = composed("rba_tiny", *overrides)
+    for stage in STAGES:
+        assert set(cfg.synthesis[stage].mine) == set(OmegaConf.load(CONF / "filter" / f"{name}.yaml"))
+        if name in ("embedding_duplicate", "reward_model"):
+            continue  # made, with their models, in test_deduplicate.py and test_filters_quality.py
+        found, before = made(cfg, stage), made(tiny, stage)
+        assert [type(f) for f in found[:-1]] == [type(f) for f in before], "it comes last"
+        assert isinstance(found[-1], partial) == ("_partial_" in cfg.synthesis[stage].mine), "waits for the teacher"
 
 
 def test_filters_are_changed_and_switched_off_by_name():
