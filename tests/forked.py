@@ -22,6 +22,7 @@ _CONTEXT.set_forkserver_preload(["nemo_rba.models.rba_speech_lm", "nemo_rba.algo
 
 def start(function: Callable, *arguments, log: Path, env: dict[str, str] | None = None) -> BaseProcess:
     """Call a function of a module in a process and a session of its own; what it prints goes to ``log``."""
+    log.write_text("")
     process = _CONTEXT.Process(target=_run, args=(function, arguments, str(log), env or {}))
     process.start()
     return process
@@ -78,12 +79,12 @@ def run_ranks(
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    failed = [i for i, rank in enumerate(ranks) if rank.exitcode != 0]
+    codes = [rank.exitcode for rank in ranks]
     for rank in ranks:
         kill(rank)
-    if failed:
-        printed = "\n".join(f"rank {i}: {logs[i].read_text()[-3000:]}" for i in failed)
-        raise RuntimeError(f"ranks {failed} of {num_ranks} failed, or took over {timeout:.0f} s\n{printed}")
+    if any(codes) or None in codes:
+        printed = "\n".join(f"rank {i}: {log.read_text()[-3000:]}" for i, log in enumerate(logs))
+        raise RuntimeError(f"exit statuses {codes}; None was still running, at most {timeout:.0f} s\n{printed}")
 
 
 def kill(process: BaseProcess) -> None:

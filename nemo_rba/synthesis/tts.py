@@ -179,6 +179,7 @@ class FastPitchTTS:
         check_sampling_rate(sampling_rate)
         self._fastpitch = load_nemo(FastPitchModel, fastpitch, "fastpitch", device)
         self._vocoder = load_nemo(HifiGanModel, vocoder, "vocoder", device)
+        self._vocoder.mpd = self._vocoder.msd = None  # the discriminators, 71 M parameters that only training needs
         self._model_rate = int(self._fastpitch.cfg.sample_rate)
         if self._model_rate != int(self._vocoder.cfg.sample_rate):
             raise ValueError(f"{fastpitch} (tts.fastpitch) is trained at {self._model_rate} Hz but {vocoder} "

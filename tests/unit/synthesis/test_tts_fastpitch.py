@@ -115,6 +115,7 @@ def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_speech_is_mono_float_at_the_rate_that_was_asked_for(tts, folder):
     assert (tts.speakers, tts.sampling_rate) == (("0", "2"), RATE)
     assert tts.languages == {"0": "en", "2": "en"}, "told by the name of the tokenizer"
+    assert {name.split(".")[0] for name, _ in tts._vocoder.named_parameters()} == {"generator"}, "no discriminators"
     short, long = tts.synthesize([SHORT, LONG], ["0", "2"])
     assert all(audio.dtype == torch.float32 and audio.dim() == 1 and audio.abs().max() <= 1 for audio in (short, long))
     assert len(long) > 2 * len(short)
