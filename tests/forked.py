@@ -58,7 +58,7 @@ def by_slurm(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 
 def run_ranks(
-    function: Callable, *arguments, num_ranks: int, folder: Path, told: Callable = by_torchrun, timeout: float = 600
+    function: Callable, *arguments, num_ranks: int, folder: Path, told: Callable = by_torchrun, timeout: float = 900
 ) -> None:
     """Call a function in the processes of one job; all end as soon as one has failed, as torchrun and srun do it.
 

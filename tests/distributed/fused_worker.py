@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of bf16 policies whose Adam is that of Transformer Engine.
 
-``main`` runs in two processes. On a GPU megatron takes Transformer
-Engine's Adam, which counts steps in its groups and not in its states, and reads and writes its checkpoints by other
-branches than torch's. Here a plain Adam of that face stands in its place. One layout saves, each reads, and every
-process leaves what the next update made of the weights.
+``main`` runs in two processes. On a GPU megatron takes Transformer Engine's Adam, which counts steps in its groups and
+not in its states, and reads and writes its checkpoints by other branches than torch's. Here a plain Adam of that face
+stands in its place. One layout saves, each reads, and every process leaves what the next update made of the weights.
 """
 
 from pathlib import Path

@@ -16,7 +16,7 @@ from forked import LAUNCHER, ROOT, by_slurm, run_ranks
 def command(folder: Path, *launcher: str) -> None:
     clean = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     done = subprocess.run(
-        [sys.executable, *launcher, launch_worker.__file__, str(folder), "2", "2"], text=True, timeout=300,
+        [sys.executable, *launcher, launch_worker.__file__, str(folder), "2", "2"], text=True, timeout=900,
         env=clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

@@ -28,7 +28,7 @@ def start(script: str, *arguments: str, log: Path) -> BaseProcess:
 
 def finish(process: BaseProcess, log: Path) -> tuple[int, str]:
     """(exit status, output)"""
-    process.join(timeout=500)
+    process.join(timeout=900)
     status = process.exitcode
     kill(process)
     return status, log.read_text()
@@ -42,7 +42,7 @@ def run(tmp_path_factory):
     checkpoints = folder / "align_rba" / "lightning" / "checkpoints"
     log = folder.parent / "first.log"
     process = start("rba_align.py", *arguments, log=log)
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while not list(checkpoints.glob("*-last")) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert process.is_alive(), log.read_text()[-3000:]

@@ -49,7 +49,7 @@ def study(folder: Path) -> str:
     command = [
         sys.executable, "examples/rba_study.py", f"--config-dir={folder}", "--config-name=small", f"output={folder}"
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500)
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
