@@ -193,14 +193,14 @@ def answer(cfg: DictConfig, sets: dict[str, HeldOut], name: str, file: Path, fol
 def _answers(
     cfg: DictConfig, sets: dict[str, HeldOut], held_out: list, asked: dict[str, Callable], weights: dict, folder: Path
 ) -> list[Prediction]:  # fmt: skip
-    predictions, usual = [], decoding_of(cfg.evaluation)
+    predictions, usual, walked = [], decoding_of(cfg.evaluation), {}
     speakers = {name: one.speakers() for name, one in sets.items()}
     for build in asked.values():
         told = cache(build())  # a decoding -> who answers so: a teacher remembers what it has read
         for task, basis in held_out:
             system = told(sets[task.name].decoding or usual)
             if is_asked(system.name, sets[task.name]):
-                predictions += run(system, task, folder, basis | weights[system.name], speakers[task.name])
+                predictions += run(system, task, folder, basis | weights[system.name], speakers[task.name], walked)
     return predictions
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small pure functions on tensors: means, KL estimators, log-probabilities, groups, padding; and one on words.
+"""Small pure functions on tensors: means, KL estimators, log-probabilities, groups, padding; and two on words.
 
 Letters are those of ``types.py``: N rollouts, T response tokens, V vocabulary. Nothing here knows of models, sharded
 logits (``distributed/vocab_parallel.py``) or configs.
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nemo_rba.protocols import Teacher
 from nemo_rba.types import Instruction
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -133,3 +134,8 @@ def typed(instruction: Instruction) -> str:
     """What a reader gets instead of the speech: the typed context, if there is one, and the words as one types them."""
     words = instruction.typed or instruction.text
     return f"{instruction.context} {words}" if instruction.context else words
+
+
+def user_prompt(teacher: Teacher, message: str) -> str:
+    """``message`` as the one turn of a user, the assistant's turn left open: what ``Teacher.generate`` is given."""
+    return teacher.render([{"role": "user", "content": message}], open_turn="assistant")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemo_rba.algorithms.importance import Importance
 from nemo_rba.distributed.parallel import data_parallel_sum
-from nemo_rba.functional import pad_sequences, typed
+from nemo_rba.functional import pad_sequences, typed, user_prompt
 from nemo_rba.protocols import LikelihoodTeacher, Objective, Policy, Teacher
 from nemo_rba.types import Instruction, Rollout, RolloutBatch, SpeechBatch
 
@@ -122,7 +122,7 @@ def _judgement(rollouts: Sequence[Rollout], objective: Objective, teacher: Likel
 
 def transcript_prompt(teacher: Teacher, instruction: Instruction) -> str:
     """The teacher's prompt: the words spoken, typed."""
-    return teacher.render([{"role": "user", "content": typed(instruction)}], open_turn="assistant")
+    return user_prompt(teacher, typed(instruction))
 
 
 def select(batch: RolloutBatch, prompts: Tensor) -> RolloutBatch:

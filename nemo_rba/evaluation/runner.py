@@ -55,13 +55,15 @@ class Prediction:
 
 def run(
     system: System, task: ItemTask, output: str | Path, basis: Mapping[str, object] = MappingProxyType({}),
-    speakers: Mapping[str, str] = MappingProxyType({}),
+    speakers: Mapping[str, str] = MappingProxyType({}), walked: dict[str, list[Instruction]] | None = None,
 ) -> list[Prediction]:  # fmt: skip
     """Every item of ``task`` answered by ``system``, in the task's order; goes on with what ``output`` already has.
 
     Args:
         basis: what else the answers depend on: a fingerprint of the weights, how items are heard; plain JSON.
         speakers: id -> who speaks the item, see ``HeldOut.speakers``; of others, what the file says is kept.
+        walked: task name -> this rank's items in order, noted when a task has been gone through. Given to the calls for
+            several systems, those who have answered all of them cost no second reading of the clips.
 
     Raises:
         ValueError: the file belongs to another system, task, decoding or basis; an item has changed since; two items
@@ -76,7 +78,13 @@ def run(
     earlier = [_PredictionLog(folder / f"{name}.jsonl", header), *others]
     answered = {prediction.id: prediction for file in earlier for prediction in file.read()}
     barrier()  # all have read before one writes
-    mine = _answers(system, task, log, answered, speakers)
+    known = (walked or {}).get(task.name)
+    if known and all(item.id in answered for item in known):
+        mine = _kept(task, known, answered, log.path, speakers)
+    else:
+        mine, items = _answers(system, task, log, answered, speakers)
+        if walked is not None:
+            walked[task.name] = items
     predictions: dict[str, Prediction] = {}
     for batch in zip_longest(*data_parallel_lists(mine)):  # ranks take turns in the task's order
         for prediction in batch:
@@ -129,17 +137,25 @@ def rescore(
     Raises:
         ValueError: an item has changed since.
     """
-    if isinstance(task, Batched):
-        task.prepare([(item, saved.predictions[item.id].response) for item in items])
-    scored = (_scored(saved.predictions[item.id], task, item, saved.path, speakers) for item in items)
+    scored = _kept(task, items, saved.predictions, saved.path, speakers)
     return [replace(prediction, measure=task.measure) for prediction in scored]
+
+
+def _kept(
+    task: ItemTask, items: Sequence[Instruction], answered: Mapping[str, Prediction], path: Path,
+    speakers: Mapping[str, str],
+) -> list[Prediction]:  # fmt: skip
+    """Today's scores of answers that are there."""
+    if isinstance(task, Batched):
+        task.prepare([(item, answered[item.id].response) for item in items])
+    return [_scored(answered[item.id], task, item, path, speakers) for item in items]
 
 
 def _answers(
     system: System, task: ItemTask, log: "_PredictionLog", answered: dict[str, Prediction], speakers: Mapping[str, str]
-) -> list[Prediction]:  # fmt: skip
-    """This rank's predictions, in its order; what is new is written as it comes."""
-    predictions = []
+) -> tuple[list[Prediction], list[Instruction]]:  # fmt: skip
+    """This rank's predictions and their items, in its order; what is new is written as it comes."""
+    predictions, items = [], []
     writes = model_parallel_rank() == 0
     for batch in tqdm(task.batches(), desc=f"{system.name} on {task.name}", unit="batch", disable=rank() > 0):
         missing = [item for item in batch.instructions if item.id not in answered]
@@ -151,7 +167,8 @@ def _answers(
         for item in batch.instructions:
             kept = answered[item.id] if item.id in answered else fresh[item.id]
             predictions.append(_scored(kept, task, item, log.path, speakers))
-    return predictions
+        items += batch.instructions
+    return predictions, items
 
 
 class _PredictionLog:

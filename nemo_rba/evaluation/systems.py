@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from nemo_rba.functional import pad_sequences, typed
+from nemo_rba.functional import pad_sequences, typed, user_prompt
 from nemo_rba.protocols import Policy, PromptEncoder, Teacher
 from nemo_rba.types import Instruction, Rollout, SamplingParams, SpeechBatch
 
@@ -46,7 +46,7 @@ class TeacherSystem:
         self._known: dict[str, str] = {}  # prompt -> answer: conditions that speak the same words are read alike
 
     def answer(self, batch: SpeechBatch) -> list[Rollout]:
-        prompts = [_typed_prompt(self.teacher, item) for item in batch.instructions]
+        prompts = [user_prompt(self.teacher, typed(item)) for item in batch.instructions]
         new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._known))
         if new:
             self._known |= zip(new, self.teacher.generate(new, self.params), strict=True)
@@ -89,7 +89,7 @@ class CascadeSystem:
         transcripts = self.policy.generate(self._ask_for_words(batch), group_size=1, params=self.transcribe_params)
         heard = {rollout.prompt_index: rollout.response for rollout in transcripts}
         instructions = [replace(item, text=heard[row]) for row, item in enumerate(batch.instructions)]
-        prompts = [_typed_prompt(self.teacher, item) for item in instructions]
+        prompts = [user_prompt(self.teacher, typed(item)) for item in instructions]
         return _rollouts(instructions, self.teacher.generate(prompts, self.params))
 
     def _ask_for_words(self, batch: SpeechBatch) -> SpeechBatch:
@@ -100,10 +100,6 @@ class CascadeSystem:
         return replace(
             batch, instructions=instructions, prompt_ids=prompt_ids.to(device), prompt_lens=mask.sum(1).to(device)
         )
-
-
-def _typed_prompt(teacher: Teacher, instruction: Instruction) -> str:
-    return teacher.render([{"role": "user", "content": typed(instruction)}], open_turn="assistant")
 
 
 def _rollouts(instructions: Sequence[Instruction], responses: Sequence[str]) -> list[Rollout]:

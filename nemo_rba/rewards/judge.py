@@ -17,7 +17,7 @@ import torch
 from nemo.utils import logging
 from torch import Tensor
 
-from nemo_rba.functional import typed
+from nemo_rba.functional import typed, user_prompt
 from nemo_rba.memory import Memory, fingerprint
 from nemo_rba.protocols import Teacher
 from nemo_rba.rewards.verdicts import read_choice, read_grade, read_yes_no
@@ -123,8 +123,7 @@ class Voter:
 
     def _grade(self, items: Sequence[Mapping[str, str]]) -> list[list[float]]:
         """The votes on each item; one that could not be read is asked for once more."""
-        prompts = [self._judge.render([{"role": "user", "content": self._fill(item)}], open_turn="assistant")
-                   for item in items]  # fmt: skip
+        prompts = [user_prompt(self._judge, self._fill(item)) for item in items]
         places = [(item, vote) for item in range(len(items)) for vote in range(self._votes)]
         votes: list[list[float]] = [[] for _ in items]
         for attempt in range(2):

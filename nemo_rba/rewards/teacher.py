@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemo_rba.functional import typed
+from nemo_rba.functional import typed, user_prompt
 from nemo_rba.protocols import LikelihoodTeacher
 from nemo_rba.types import Rollout
 
@@ -48,7 +48,7 @@ class TeacherLikelihood:
     def __call__(self, rollouts: Sequence[Rollout]) -> Tensor:
         scores = torch.full((len(rollouts),), self.floor)
         answered = [n for n, rollout in enumerate(rollouts) if len(rollout.token_ids)]
-        prompts = [self._prompt(rollouts[n]) for n in answered]
+        prompts = [user_prompt(self.teacher, typed(rollouts[n].instruction)) for n in answered]
         logprobs = self.teacher.logprobs(prompts, [rollouts[n].token_ids for n in answered]) if answered else []
         for n, tokens in zip(answered, logprobs, strict=True):
             score = tokens.float().mean() if self.normalize == "token" else tokens.float().sum()
@@ -58,10 +58,6 @@ class TeacherLikelihood:
     def vocabulary(self) -> dict[str, int]:
         """The teacher's, token string -> id."""
         return self.teacher.vocabulary()
-
-    def _prompt(self, rollout: Rollout) -> str:
-        message = {"role": "user", "content": typed(rollout.instruction)}
-        return self.teacher.render([message], open_turn="assistant")
 
 
 class TeacherAuthorship:

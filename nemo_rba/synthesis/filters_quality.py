@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_rba.functional import typed
+from nemo_rba.functional import typed, user_prompt
 from nemo_rba.memory import Memory, fingerprint
 from nemo_rba.protocols import LikelihoodTeacher, RewardFunction
 from nemo_rba.synthesis.teacher import _end_of_turn, check_same_vocabulary
@@ -105,10 +105,7 @@ class TeacherScoreFilter:
     def _score(self, instructions: Sequence[Instruction]) -> list[float]:
         scores = [-math.inf] * len(instructions)
         answered = [n for n, instruction in enumerate(instructions) if instruction.response.strip()]
-        prompts = [
-            self._teacher.render([{"role": "user", "content": typed(instructions[n])}], open_turn="assistant")
-            for n in answered
-        ]
+        prompts = [user_prompt(self._teacher, typed(instructions[n])) for n in answered]
         ids = [torch.tensor(list(self._encode(instructions[n].response)), dtype=torch.int64) for n in answered]
         logprobs = self._teacher.logprobs(prompts, ids) if answered else []
         for n, tokens in zip(answered, logprobs, strict=True):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
-from nemo_rba.functional import typed
+from nemo_rba.functional import typed, user_prompt
 from nemo_rba.protocols import Teacher
 from nemo_rba.synthesis.instructions_plan import Requests, Temperature
 from nemo_rba.synthesis.unanswered import Unanswered
@@ -129,5 +129,4 @@ def answer(teacher: Teacher, instructions: Sequence[Instruction], params: Sampli
     """
     if not instructions:
         return []
-    messages = [{"role": "user", "content": typed(instruction)} for instruction in instructions]
-    return teacher.generate([teacher.render([message], open_turn="assistant") for message in messages], params)
+    return teacher.generate([user_prompt(teacher, typed(instruction)) for instruction in instructions], params)

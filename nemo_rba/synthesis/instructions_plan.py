@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nemo_rba.functional import user_prompt
 from nemo_rba.protocols import Teacher
 from nemo_rba.synthesis.augment import keyed_rng, keyed_seed
 from nemo_rba.types import SamplingParams
@@ -75,7 +76,7 @@ class Requests:
 
     def ask(self, messages: Sequence[str], index: int) -> list[str]:
         """The teacher's replies to users' messages, as batch ``index``."""
-        return self.complete(render_all(self._teacher, messages), index)
+        return self.complete([user_prompt(self._teacher, message) for message in messages], index)
 
 
 class Deck:
@@ -146,11 +147,6 @@ def read_items(source: str | Sequence[str], *, key: str) -> list[str]:
     if not items:
         raise ValueError(f"sampler.{key} is empty; expected at least one item (a list, or a text file with one a line)")
     return items
-
-
-def render_all(teacher: Teacher, messages: Sequence[str]) -> list[str]:
-    """Each message as a user's turn, the assistant's turn left open."""
-    return [teacher.render([{"role": "user", "content": message}], open_turn="assistant") for message in messages]
 
 
 def unquoted(text: str) -> str:

@@ -8,11 +8,12 @@ strictly: a line that is not what was asked for is dropped, and counted with its
 import json
 from collections.abc import Mapping, Sequence
 
+from nemo_rba.functional import user_prompt
 from nemo_rba.protocols import Teacher
 from nemo_rba.synthesis.filters import normalize_text
 from nemo_rba.synthesis.filters_content import LanguageFilter
 from nemo_rba.synthesis.instructions import Draft
-from nemo_rba.synthesis.instructions_plan import Deck, Requests, Temperature, Template, read_items, render_all, unquoted
+from nemo_rba.synthesis.instructions_plan import Deck, Requests, Temperature, Template, read_items, unquoted
 from nemo_rba.types import Instruction, SamplingParams
 
 NEVER_ENDED = "empty or never ended"
@@ -158,7 +159,8 @@ class SpeechTranslation:
             self._translation(text=texts[place], source=self._source, target=self._names[codes[place]])
             for place in places
         ]
-        replies = self._teacher.generate(render_all(self._teacher, messages), self._params) if messages else []
+        prompts = [user_prompt(self._teacher, message) for message in messages]
+        replies = self._teacher.generate(prompts, self._params) if prompts else []
         found = dict(zip(places, replies, strict=True))
         return [unquoted(found.get(place, "")) for place in range(len(texts))]
 

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from nemo_rba.functional import user_prompt
 from nemo_rba.protocols import Teacher
 from nemo_rba.types import SamplingParams
 
@@ -145,10 +146,7 @@ class TeacherRewrite:
         texts = [" ".join(text.split()) for text in texts]
         asked = [n for n, t in enumerate(texts) if unspeakable(t, self._punctuation) or _ABBREVIATION.search(t)]
         results = [Spoken(text, None) for text in texts]
-        prompts = [
-            self._teacher.render([{"role": "user", "content": PROMPT.format(text=texts[n])}], open_turn="assistant")
-            for n in asked
-        ]
+        prompts = [user_prompt(self._teacher, PROMPT.format(text=texts[n])) for n in asked]
         rewrites = self._teacher.generate(prompts, self._params) if asked else []
         for n, rewrite in zip(asked, rewrites, strict=True):
             rewrite = " ".join(rewrite.strip().strip('"“”').split())

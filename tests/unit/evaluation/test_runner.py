@@ -63,6 +63,43 @@ def reply(row: int, item: Instruction, response: str) -> Rollout:
     return Rollout(prompt_index=row, instruction=item, response=response, token_ids=ids, logprobs=None, truncated=False)
 
 
+def test_clips_are_read_once_for_all_who_have_answered_and_again_for_those_who_have_not(tmp_path):
+    passes = []
+
+    def task(name: str = "held-out voices") -> InstructionFollowingTask:
+        made = make_task()
+        made.name, read = name, made.batches
+        made.batches = lambda: passes.append(name) or read()
+        return made
+
+    others = [FakeSystem(), FakeSystem(patience=2), FakeSystem()]
+    for place, system in enumerate(others):
+        system.name = f"fake {place}"
+    first = run(others[0], task(), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(others[1], task(), tmp_path)
+    whole = run(others[2], task(), tmp_path)
+    passes.clear()
+    walked = {}
+    again = [run(others[0], task(), tmp_path, walked=walked)]
+    others[1].patience = 99
+    again += [run(system, task(), tmp_path, walked=walked) for system in (others[1], others[2])]
+    assert passes == ["held-out voices"] * 2  # of the first, and of the one that had not finished
+    assert again[0] == first
+    assert again[2] == whole
+    assert [p.response for p in again[1]] == WORDS
+    assert others[1].asked == [f"id-{word}" for word in WORDS]
+    run(others[0], task("another"), tmp_path, walked=walked)
+    assert passes[-1] == "another"
+
+
+def test_answers_kept_of_items_that_have_changed_are_refused_without_reading_clips_too(tmp_path):
+    run(FakeSystem(), make_task(), tmp_path)
+    walked = {"held-out voices": [replace(item, text="sing") for item in make_batch(WORDS).instructions]}
+    with pytest.raises(ValueError, match="use a new output folder for a new manifest"):
+        run(FakeSystem(), make_task(), tmp_path, walked=walked)
+
+
 def test_run_writes_what_it_returns_in_the_tasks_order(tmp_path):
     predictions = run(FakeSystem(), make_task(), tmp_path)
     assert [p.response for p in predictions] == WORDS
