@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from nemo_rba.algorithms.choices import check_choices, check_passes
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
-from nemo_rba.synthesis.teacher import check_same_vocabulary
+from nemo_rba.synthesis.teacher_folder import check_same_vocabulary
 
 
 def preflight(cfg: DictConfig) -> None:

@@ -35,7 +35,7 @@ from nemo_rba.evaluation.tasks import ItemTask
 from nemo_rba.manifest import read_manifest
 from nemo_rba.models.rba_speech_lm import RBASpeechLM
 from nemo_rba.protocols import PromptEncoder
-from nemo_rba.rewards.judge import Accounted
+from nemo_rba.rewards.votes import Accounted
 from nemo_rba.types import Instruction
 
 PANELS = {

@@ -43,7 +43,7 @@ from nemo_rba.protocols import (
     RolloutSource,
 )
 from nemo_rba.rewards.mixture import RewardMixture
-from nemo_rba.synthesis.teacher import check_same_vocabulary
+from nemo_rba.synthesis.teacher_folder import check_same_vocabulary
 from nemo_rba.types import Rollout, RolloutBatch, SamplingParams, SpeechBatch
 
 SEEDS_PER_RUN = 1_000_003  # so that no two steps of two runs with neighbouring seeds sample alike

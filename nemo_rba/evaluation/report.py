@@ -56,7 +56,7 @@ def write_report(
         num_draws, seed: of the bootstrap and of the choice of samples.
         identity: where the numbers come from: models, data, seeds, decoding, version.
         samples_page: file beside the report that has every item, see ``browser.py``; None for none.
-        accounts: condition -> what its scores have cost in this run, see ``rewards.judge.Accounted``; None for nothing.
+        accounts: condition -> what its scores have cost in this run, see ``rewards.votes.Accounted``; None for nothing.
     """
     conditions = summarise(predictions, roles, num_draws=num_draws, seed=seed)
     read = [condition for condition in conditions if condition.name in held_out and held_out[condition.name].typed]

@@ -15,7 +15,7 @@ import torch
 from nemo_rba.functional import typed, user_prompt
 from nemo_rba.memory import Memory, fingerprint
 from nemo_rba.protocols import LikelihoodTeacher, RewardFunction
-from nemo_rba.synthesis.teacher import _end_of_turn, check_same_vocabulary
+from nemo_rba.synthesis.teacher_folder import check_same_vocabulary, end_of_turn
 from nemo_rba.types import Instruction, Rollout
 
 Encode = Callable[[str], Sequence[int]]
@@ -39,7 +39,7 @@ class AnswerEncoder:
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         if not self._tokenizer.chat_template:
             raise ValueError(f"AnswerEncoder: the tokenizer in path={path!r} has no chat template; give a teacher's")
-        end = _end_of_turn(self._tokenizer, "assistant")
+        end = end_of_turn(self._tokenizer, "assistant")
         self._end = self._tokenizer.eos_token_id if end is None else end
 
     def __call__(self, answer: str) -> list[int]:

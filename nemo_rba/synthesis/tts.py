@@ -2,20 +2,17 @@
 """Synthesizers: text in, mono float32 waveforms out.
 
 ``EspeakTTS`` needs no download and no GPU (the wheel ``espeakng-loader`` carries library and voices); it speaks at a
-few hundred times real time on one core and serves recipes that must run anywhere. ``FastPitchTTS`` is NeMo's own
-FastPitch + HiFi-GAN, batched. Both fit ``protocols.TTS``; neither holds any state between two calls.
+few hundred times real time on one core and serves recipes that must run anywhere. NeMo's own are in
+``tts_fastpitch.py`` and ``tts_magpie.py``. All fit ``protocols.TTS``; none holds any state between two calls.
 
 Beside what the protocol asks they offer ``languages`` and ``voices``, speaker -> language and speaker -> voice: one
 voice may be several speakers, at other rates or in other languages, and it is voices that must be held out.
 """
 
 import _ctypes
-import contextlib
 import ctypes
-import functools
 import itertools
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +24,6 @@ ESPEAK_RATES = range(80, 451)  # words per minute that espeak-ng accepts
 ESPEAK_PITCHES = range(100)
 SILENCE_LEVEL = 1e-3  # below this a sample counts as silence (-60 dBFS)
 EDGE_SECONDS = 0.05  # silence kept before and after the words
-SAID_PUNCTUATION = "%&@#"  # what a reader would say; a tokenizer may skip other punctuation
-TOKENIZER_LANGUAGES = {
-    "English": "en", "German": "de", "Spanish": "es", "French": "fr", "Italian": "it", "Vietnamese": "vi",
-    "Hindi": "hi", "Arabic": "ar", "Chinese": "zh", "Japanese": "ja",
-}  # what the names of NeMo's tokenizers begin with  # fmt: skip
 
 
 class EspeakTTS:
@@ -147,170 +139,6 @@ class _Espeak:
             # not numpy.ctypeslib.as_array: it makes a type for every length, and ctypes keeps them all
             self._chunks.append(np.frombuffer(ctypes.string_at(samples, 2 * count), dtype=np.int16))
         return 0
-
-
-class FastPitchTTS:
-    """NeMo FastPitch and HiFi-GAN. A speaker is a number of the FastPitch model, written as a string: ``"0"``.
-
-    What is said does not depend on what else is in the batch, see ``keep_padding_out``. The language is the model's,
-    where its normalizer or its tokenizer tells.
-
-    Args:
-        fastpitch: path of a ``.nemo`` file, or a pretrained name such as ``tts_en_fastpitch_multispeaker``.
-        vocoder: the same for HiFi-GAN, e.g. ``tts_en_hifitts_hifigan_ft_fastpitch``.
-        speakers: speaker numbers to use; ``[0]`` for a single-speaker model.
-        pace: 1 = as trained, above 1 = faster.
-        batch_size: texts per forward pass.
-        sampling_rate: Hz of the waveforms returned.
-        device: ``cpu``, ``cuda``, ``cuda:1``.
-
-    Raises:
-        ValueError: a model that cannot be loaded, is of another kind, or has not the speaker; or two models of
-            different sampling rates.
-    """
-
-    def __init__(self, *, fastpitch: str, vocoder: str, speakers: Sequence[int], pace: float, batch_size: int,
-                 sampling_rate: int, device: str):  # fmt: skip
-        from nemo.collections.tts.models import FastPitchModel, HifiGanModel
-
-        if not speakers or pace <= 0 or batch_size < 1:
-            raise ValueError(f"FastPitchTTS: tts.speakers={list(speakers)}, tts.pace={pace}, tts.batch_size="
-                             f"{batch_size}; expected at least one speaker, pace > 0, batch_size >= 1")  # fmt: skip
-        check_sampling_rate(sampling_rate)
-        self._fastpitch = load_nemo(FastPitchModel, fastpitch, "fastpitch", device)
-        self._vocoder = load_nemo(HifiGanModel, vocoder, "vocoder", device)
-        self._vocoder.mpd = self._vocoder.msd = None  # the discriminators, 71 M parameters that only training needs
-        self._model_rate = int(self._fastpitch.cfg.sample_rate)
-        if self._model_rate != int(self._vocoder.cfg.sample_rate):
-            raise ValueError(f"{fastpitch} (tts.fastpitch) is trained at {self._model_rate} Hz but {vocoder} "
-                             f"(tts.vocoder) at {self._vocoder.cfg.sample_rate} Hz; choose a pair")  # fmt: skip
-        if not self._fastpitch.learn_alignment or self._fastpitch.fastpitch.speaker_encoder is not None:
-            raise ValueError(f"{fastpitch} (tts.fastpitch) has no tokenizer of its own (learn_alignment), or speakers "
-                             "that are encoded and not numbered; choose another model")  # fmt: skip
-        keep_padding_out(self._fastpitch.fastpitch)
-        embedding = self._fastpitch.fastpitch.speaker_emb
-        self._multispeaker = embedding is not None
-        num_speakers = embedding.num_embeddings if self._multispeaker else 1
-        check_range("speakers", speakers, range(num_speakers))
-        self._pace, self._batch_size, self._device = pace, batch_size, device
-        self.sampling_rate = sampling_rate
-        self.speakers = tuple(str(speaker) for speaker in speakers)
-        language = _language_of(self._fastpitch)
-        self.languages = dict.fromkeys(self.speakers, language) if language else {}
-
-    def synthesize(self, texts: Sequence[str], speakers: Sequence[str]) -> list[Tensor]:
-        """One waveform (A_i,) per text, on the CPU; see ``EspeakTTS.synthesize``."""
-        check_request(texts, speakers, self.speakers)
-        waveforms = []
-        for start in range(0, len(texts), self._batch_size):
-            batch = slice(start, start + self._batch_size)
-            waveforms += self._forward(texts[batch], speakers[batch])
-        return waveforms
-
-    @torch.inference_mode()
-    def _forward(self, texts: Sequence[str], speakers: Sequence[str]) -> list[Tensor]:
-        rows = [self._parse(text) for text in texts]
-        pad = self._fastpitch.vocab.pad
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(self._device)
-        speaker = torch.tensor([int(s) for s in speakers], device=self._device) if self._multispeaker else None
-        spectrogram, num_frames, *_ = self._fastpitch(
-            text=tokens, durs=None, pitch=None, speaker=speaker, pace=self._pace
-        )  # (B, mel, frames), (B,)
-        waveforms = []
-        for row, frames, text in zip(spectrogram, num_frames.tolist(), texts, strict=True):
-            # one by one: the vocoder would hear the padding at the end of the shorter rows
-            audio = self._vocoder.convert_spectrogram_to_audio(spec=row[None, :, : int(frames)])[0]  # (A,)
-            samples = audio.float().clamp(-1, 1).cpu().numpy()
-            waveform = torch.from_numpy(resample(samples, self._model_rate, self.sampling_rate))
-            waveforms.append(trim_silence(waveform, self.sampling_rate, text))
-        return waveforms
-
-    def _parse(self, text: str) -> Tensor:
-        model, said = self._fastpitch, text
-        if model.text_normalizer_call is not None:
-            said = model.text_normalizer_call(text, **model.text_normalizer_call_kwargs)
-        check_sayable(said, model.vocab, "FastPitch")
-        return model.parse(said, normalize=False)[0].cpu()
-
-
-def keep_padding_out(fastpitch: torch.nn.Module) -> None:
-    """Have the layers of a ``FastPitchModule`` see zeros behind the end of a text, as if it were alone.
-
-    NeMo masks what a layer gives, but not what stands between two convolutions of a layer. There the padding of a batch
-    would reach into the ends of its shorter texts, and by attention everywhere: other durations, other speech.
-    """
-    from nemo.collections.tts.modules.fastpitch import TemporalPredictor
-    from nemo.collections.tts.modules.transformer import TransformerLayer
-
-    for module in fastpitch.modules():
-        if isinstance(module, TransformerLayer):
-            _mask_inputs(module, [module.pos_ff.CoreNet[2]])  # the second convolution
-        elif isinstance(module, TemporalPredictor):
-            _mask_inputs(module, [layer.conv for layer in module.layers])
-
-
-def _mask_inputs(module: torch.nn.Module, convolutions: Sequence[torch.nn.Module]) -> None:
-    """Multiply what the convolutions inside ``module`` get, (B, C, T), by the mask it was called with, (B, T, 1)."""
-    mask: list[Tensor] = []
-
-    def note(_, arguments: tuple, keywords: dict) -> None:
-        mask[:] = [keywords["mask"] if "mask" in keywords else arguments[1]]
-
-    module.register_forward_pre_hook(note, with_kwargs=True)
-    for convolution in convolutions:
-        convolution.register_forward_pre_hook(lambda _, arguments: arguments[0] * mask[0].transpose(1, 2))
-
-
-def _language_of(model) -> str | None:
-    """The language of a FastPitch model, None where its config does not tell."""
-    told = [
-        (model.cfg.get(part) or {}).get(key)
-        for part, key in (("text_normalizer", "lang"), ("text_tokenizer", "locale"))
-    ]
-    name = type(model.vocab).__name__
-    told += [language for start, language in TOKENIZER_LANGUAGES.items() if name.startswith(start)]
-    return next((str(language) for language in told if language), None)
-
-
-def check_sayable(text: str, tokenizer, name: str) -> None:
-    """Raise ValueError where a tokenizer of NeMo would pass over letters, digits or symbols, or finds nothing to say.
-
-    Such a tokenizer makes pieces of a text, characters or phonemes, and skips those it does not know with no more than
-    a warning. ``name`` is the synthesizer's, for the message.
-    """
-    prepared = tokenizer.text_preprocessing_func(text)
-    with tokenizer.set_phone_prob(1.0) if hasattr(tokenizer, "set_phone_prob") else contextlib.nullcontext():
-        pieces = tokenizer.g2p(prepared) if hasattr(tokenizer, "g2p") else prepared
-    known = set(tokenizer.tokens)
-    skipped = [p for p in pieces if p not in known and not (len(p) == 3 and p[:2] in known)]  # AH0: AH without stress
-    skipped = [piece for piece in dict.fromkeys(skipped) if any(map(_is_said, piece))]
-    if skipped or not any(character.isalnum() for character in text):
-        why = f"its tokenizer does not know {', '.join(map(repr, skipped))}" if skipped else "it has no letters"
-        raise ValueError(f"{name} cannot say {text!r}: {why}; write numbers and symbols in words, in the letters of "
-                         "its language (synthesis.spoken_form, synthesis.speech_filters)")  # fmt: skip
-
-
-def _is_said(character: str) -> bool:
-    return unicodedata.category(character)[0] in "LMNS" or character in SAID_PUNCTUATION
-
-
-def load_nemo(model_class, source: str, key: str, device: str):
-    """A ``.nemo`` file or a pretrained model, in evaluation mode on ``device``."""
-    advice = f"download it where there is a network (ngc.nvidia.com or huggingface.co) and give the file as tts.{key}"
-    path = Path(source)
-    if source.endswith(".nemo"):
-        if not path.is_file():
-            raise ValueError(f"tts.{key}: no file {source!r} with a {model_class.__name__}; {advice}")
-        load: Callable = functools.partial(model_class.restore_from, str(path), map_location=device)
-    else:
-        load = functools.partial(model_class.from_pretrained, source, map_location=device)
-    try:
-        model = load()
-    except Exception as error:
-        raise ValueError(
-            f"tts.{key}: cannot load {model_class.__name__} {source!r} ({type(error).__name__}: {error}); {advice}"
-        ) from error
-    return model.eval().to(device)
 
 
 def resample(samples: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:

@@ -7,15 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemo_rba.synthesis.tts import (
-    check_range,
-    check_request,
-    check_sampling_rate,
-    check_sayable,
-    load_nemo,
-    resample,
-    trim_silence,
-)
+from nemo_rba.synthesis.tts import check_range, check_request, check_sampling_rate, resample, trim_silence
+from nemo_rba.synthesis.tts_nemo import check_sayable, load_nemo
 
 
 class MagpieTTS:
@@ -66,7 +59,7 @@ class MagpieTTS:
         except ImportError as error:
             raise ValueError(
                 "tts is MagpieTTS, whose languages this NeMo does not tell; expected NeMo 3 or newer: update NeMo, or "
-                "choose nemo_rba.synthesis.tts.FastPitchTTS"
+                "choose nemo_rba.synthesis.tts_fastpitch.FastPitchTTS"
             ) from error
 
         has = set(self._model.tokenizer.tokenizers)

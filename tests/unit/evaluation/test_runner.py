@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nemo_rba.evaluation.judged import RewardTask
 from nemo_rba.evaluation.runner import read_answers, rescore, run
 from nemo_rba.evaluation.systems import CascadeSystem, PolicySystem, TeacherSystem
-from nemo_rba.evaluation.tasks import InstructionFollowingTask, RewardTask
+from nemo_rba.evaluation.tasks import InstructionFollowingTask
 from nemo_rba.types import Instruction, Rollout, SamplingParams, SpeechBatch
 
 PARAMS = SamplingParams(max_new_tokens=4, temperature=0.0)

@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from lhotse import MonoCut
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_rba.evaluation.judged import RewardTask
 from nemo_rba.evaluation.results import summarise
 from nemo_rba.evaluation.runner import Prediction, run
-from nemo_rba.evaluation.tasks import RewardTask
 from nemo_rba.manifest import cut_to_instruction, read_manifest, write_shar
 from nemo_rba.types import Instruction, Rollout, SpeechBatch, Utterance
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 
+from nemo_rba.evaluation.judged import JudgedTask, RewardTask, WinRateTask
 from nemo_rba.evaluation.measures import LENGTH_CONTROLLED, set_score
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
 from nemo_rba.evaluation.runner import run
-from nemo_rba.evaluation.tasks import JudgedTask, RewardTask, WinRateTask, as_rollout
+from nemo_rba.evaluation.tasks import as_rollout
 from nemo_rba.rewards.judge import AnswerJudgeReward, JudgeReward, PairwiseJudgeReward
 from nemo_rba.synthesis.teacher_openai import OpenAITeacher
 from nemo_rba.types import Instruction, Rollout, SpeechBatch

@@ -20,8 +20,8 @@ SETTINGS = {
     "splits": [
         {"name": "train", "tts": {"_target_": "nemo_rba.synthesis.tts.EspeakTTS", "voices": ["en"],
                                   "sampling_rate": 16000}},
-        {"name": "test", "tts": {"_target_": "nemo_rba.synthesis.tts.FastPitchTTS", "fastpitch": "/models/fp.nemo",
-                                 "vocoder": "/models/hg.nemo", "sampling_rate": 22050}},
+        {"name": "test", "tts": {"_target_": "nemo_rba.synthesis.tts_fastpitch.FastPitchTTS",
+                                 "fastpitch": "/models/fp.nemo", "vocoder": "/models/hg.nemo", "sampling_rate": 22050}},
     ],
 }  # fmt: skip
 COUNTS = (20, 15, 14, 12, 10, 9, 8, 7)

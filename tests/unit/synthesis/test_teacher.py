@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_rba.synthesis.teacher import HFTeacher, _sample, check_same_vocabulary
+from nemo_rba.synthesis.teacher import HFTeacher, _sample
+from nemo_rba.synthesis.teacher_folder import check_same_vocabulary
 from nemo_rba.synthesis.unanswered import Refusals, Unanswered
 from nemo_rba.types import SamplingParams
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_rba.synthesis.tts import EspeakTTS, FastPitchTTS, resample, trim_silence
+from nemo_rba.synthesis.tts import EspeakTTS, resample, trim_silence
+from nemo_rba.synthesis.tts_fastpitch import FastPitchTTS
 
 RATE = 16000
 TEXTS = ["what is one plus two", "name three animals politely", "hello"]

@@ -8,7 +8,7 @@ import torch
 from nemo.collections.tts.models import FastPitchModel, HifiGanModel
 from omegaconf import OmegaConf
 
-from nemo_rba.synthesis.tts import FastPitchTTS
+from nemo_rba.synthesis.tts_fastpitch import FastPitchTTS
 
 WIDTH, NUM_SPEAKERS, MODEL_RATE, RATE = 32, 3, 22050, 16000
 NEMO = "nemo.collections"
