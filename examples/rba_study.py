@@ -134,8 +134,8 @@ def train_one(study: DictConfig, data: Path, run: Run) -> None:
     try:
         Stages(Path(study.output) / "runs").run(run.name, asked, lambda path: recipe.align(cfg, data, path, run.name))
     except SystemExit as stop:
-        if not isinstance(stop.code, str):  # no complaint of ours: a scheduler wants all of us to stop
-            raise
+        if isinstance(stop, recipe.Interrupted) or not isinstance(stop.code, str):
+            raise  # no complaint of the run: all of us are to stop
         raise RuntimeError(stop.code) from stop
 
 
@@ -147,7 +147,7 @@ def ask_one(study: DictConfig, data: Path, run: Run) -> None:
 
 
 def _stop(signum: int, _frame: object) -> NoReturn:
-    raise SystemExit(f"stopped by {signal.Signals(signum).name}; run again to go on")
+    raise recipe.Interrupted(f"stopped by {signal.Signals(signum).name}; run again to go on")
 
 
 def _begin(study: DictConfig, run: Run) -> DictConfig:

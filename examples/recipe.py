@@ -8,6 +8,7 @@ report/      report.md, report.html, results.json
 """
 
 import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from nemo.utils import logging
+from nemo.utils.callbacks import PreemptionCallback
 from nemo.utils.exp_manager import exp_manager
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
@@ -105,8 +107,17 @@ def loader_builder(
     return build
 
 
+class Interrupted(SystemExit):
+    """A signal has come, and what there was is saved."""
+
+
 def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
-    """Stages b and c: build the start model, align it, keep it as ``<folder>/<arm>.nemo``."""
+    """Stages b and c: build the start model, align it, keep it as ``<folder>/<arm>.nemo``.
+
+    Raises:
+        SystemExit: the run was given up, or its time is over; run again to go on.
+        Interrupted: SIGTERM or Ctrl-C; likewise.
+    """
     objective = instantiate(cfg.objective)
     judged = objective.needs_teacher or objective.teacher_topk
     teacher = once_per_model(partial(instantiate, cfg.teacher)) if judged or "_partial_" in cfg.rollouts else None
@@ -142,15 +153,14 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
         ppo_epochs=cfg.ppo_epochs,
         seed=cfg.seed,
     )
-    strategy = MegatronStrategy(
-        tensor_model_parallel_size=cfg.model.tensor_model_parallel_size,
-        pipeline_model_parallel_size=cfg.model.pipeline_model_parallel_size,
-        seed=cfg.seed,
-    )
-    trainer = Trainer(**cfg.trainer, strategy=strategy, callbacks=[MetricsFile(path=folder / "metrics.jsonl")])
-    exp_manager(trainer, OmegaConf.create(dict(cfg.exp_manager) | {"exp_dir": str(folder), "name": "lightning"}))
+    trainer = _trainer(cfg, folder)
+    ended: type[SystemExit] = SystemExit
     try:
         trainer.fit(module)
+    except SystemExit as stop:
+        if stop.code:
+            raise
+        ended = Interrupted
     except RunStopped as reason:
         last = sorted(Path(trainer.checkpoint_callback.dirpath).glob("*-last"))
         best = trainer.checkpoint_callback.best_model_path
@@ -159,12 +169,37 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
             f"checkpoint is {last[-1] if last else 'the start model'}, the best on dev {best or 'the start model'}. "
             "Change schedule, objective or reward and run again; or, if this is no reason to stop, the section watcher"
         ) from None
-    if trainer.global_step < cfg.trainer.max_steps and not _stopped_early(trainer):
-        raise SystemExit(f"{arm}: stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; run again to go on")
+    if ended is Interrupted or (trainer.global_step < cfg.trainer.max_steps and not _stopped_early(trainer)):
+        parallel.barrier()  # rank 0 may still be tidying checkpoints, and launchers kill all when the first one ends
+        raise ended(f"{arm}: stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; run again to go on")
     best = trainer.checkpoint_callback.best_model_path  # on the dev set, for every arm alike
     trainer.strategy.restore(module, best)
     logging.info(f"{arm}: keeping {Path(best).stem}")
     module.model.save_to(str(folder / f"{arm}.nemo"))
+
+
+def _trainer(cfg: DictConfig, folder: Path) -> Trainer:
+    """A trainer over megatron's groups, with exp_manager's loggers and checkpoints in ``folder``."""
+    strategy = MegatronStrategy(
+        tensor_model_parallel_size=cfg.model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=cfg.model.pipeline_model_parallel_size,
+        seed=cfg.seed,
+    )
+    trainer = Trainer(**cfg.trainer, strategy=strategy, callbacks=[MetricsFile(path=folder / "metrics.jsonl")])
+    exp_manager(trainer, OmegaConf.create(dict(cfg.exp_manager) | {"exp_dir": str(folder), "name": "lightning"}))
+    if cfg.exp_manager.get("create_preemption_callback", True):
+        save_on_signals(trainer)
+    return trainer
+
+
+def save_on_signals(trainer: Trainer) -> None:
+    """SIGTERM and Ctrl-C save and stop at the end of the batch; a second one stops at once.
+
+    exp_manager has it on GPUs alone and for SIGTERM. NeMo's callback ends the process by status 0, see ``align``.
+    """
+    known = {callback.sig for callback in trainer.callbacks if isinstance(callback, PreemptionCallback)}
+    for sig in {signal.SIGTERM, signal.SIGINT} - known:
+        trainer.callbacks.append(PreemptionCallback(trainer.checkpoint_callback, sig))
 
 
 def _stopped_early(trainer: Trainer) -> bool:

@@ -73,7 +73,7 @@ def requeued(folder: Path) -> list[str]:
 
 def stop_message() -> str:
     """What rba_align says when it stopped for time, from its source."""
-    (text,) = re.findall(r'SystemExit\(f"(\{arm\}: stopped [^"]+)"\)', (ROOT / "examples" / "recipe.py").read_text())
+    (text,) = re.findall(r'ended\(f"(\{arm\}: stopped [^"]+)"\)', (ROOT / "examples" / "recipe.py").read_text())
     return re.sub(r"\{[^}]*(arm|step|max_steps)\}", lambda found: "rba" if found[1] == "arm" else "50", text)
 
 
@@ -112,7 +112,7 @@ def test_an_error_is_not_queued_again(job, tmp_path, status, expected):
     assert "not queued again" in text
 
 
-@pytest.mark.parametrize("status", ["0", "143"], ids=["saved in training", "ended in another stage"])
+@pytest.mark.parametrize("status", ["1", "143"], ids=["saved in training", "ended in another stage"])
 def test_a_job_whose_nodes_were_taken_is_queued_again(job, tmp_path, status):
     found, text = ended(job(SAYS="Received SIGTERM", STATUS=status, PREEMPTED="2099-01-01T08:30:00"))
     assert (found, requeued(tmp_path)) == (0, ["requeue 7"]), text

@@ -2,6 +2,9 @@
 """The whole story on the real assets, shortened: the commands of the README, in processes of their own."""
 
 import json
+import os
+import re
+import signal
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from forked import ROOT, kill, start_script
 
 SHORT = [
@@ -36,18 +40,29 @@ def finish(process: BaseProcess, log: Path) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The main job, killed in the middle of its alignment and started again, now as two processes."""
+    """The main job: stopped by Ctrl-C in its alignment, killed in it, and started again, now as two processes."""
     folder = tmp_path_factory.mktemp("story")
     arguments = ["--config-name=rba_tiny", f"output={folder}", *SHORT]
     checkpoints = folder / "align_rba" / "lightning" / "checkpoints"
-    log = folder.parent / "first.log"
-    process = start("rba_align.py", *arguments, log=log)
-    deadline = time.monotonic() + 900
-    while not list(checkpoints.glob("*-last")) and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert process.is_alive(), log.read_text()[-3000:]
+
+    def begin(name: str, known: set[Path]) -> tuple[BaseProcess, Path]:
+        """The job, as soon as it has saved something new in its alignment."""
+        log = folder.parent / f"{name}.log"
+        process, deadline = start("rba_align.py", *arguments, log=log), time.monotonic() + 900
+        while set(checkpoints.glob("*-last")) <= known and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert process.is_alive(), log.read_text()[-3000:]
+        return process, log
+
+    process, log = begin("first", set())
+    os.kill(process.pid, signal.SIGINT)
+    status, output = finish(process, log)
+    (stopped,) = re.findall(r"rba: stopped at step (\d+) of 12; run again to go on", output)
+    assert status == 1, output[-3000:]
+    (last,) = checkpoints.glob("*-last")
+    assert torch.load(last / "lightning.pt", weights_only=False)["global_step"] == int(stopped)
+    process, log = begin("killed", {last})
     kill(process)
-    assert list(checkpoints.glob("*-last")), log.read_text()[-3000:]
     log = log.with_name("second.log")
     status, output = finish(start("rba_align.py", *arguments, *TWO_PROCESSES, log=log), log)
     assert status == 0, output[-3000:]

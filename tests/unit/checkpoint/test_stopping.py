@@ -12,8 +12,8 @@ import alignment_run
 import pytest
 import torch
 from alignment_run import AT_VALIDATION, NUM_BATCHES, build, fit, make_manifest
-from nemo.utils.callbacks.preemption import PreemptionCallback
 from omegaconf import OmegaConf
+from recipe import save_on_signals
 
 STOP_AT = 4  # batches: one after a validation, so nothing else would have saved them
 
@@ -67,16 +67,19 @@ def amend(monkeypatch, change):
     monkeypatch.setattr(alignment_run, "exp_manager", lambda trainer, cfg: change(trainer, cfg, start))
 
 
-def test_a_signal_saves_at_the_end_of_the_batch(llama_salm, manifest, uninterrupted, tmp_path, monkeypatch):
-    def with_preemption(trainer, cfg, start):
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_end_of_the_batch(sig, llama_salm, manifest, uninterrupted, tmp_path, monkeypatch):
+    def with_signals(trainer, cfg, start):
         start(trainer, cfg)
-        trainer.callbacks.append(PreemptionCallback(trainer.checkpoint_callback))  # exp_manager adds it on GPUs only
+        save_on_signals(trainer)
 
-    amend(monkeypatch, with_preemption)
-    module = build_disturbed(llama_salm[0], manifest, tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    amend(monkeypatch, with_signals)
+    before = signal.getsignal(sig)
+    module = build_disturbed(llama_salm[0], manifest, tmp_path, lambda: os.kill(os.getpid(), sig))
     with pytest.raises(SystemExit) as stop:
         fit(module, tmp_path, AT_VALIDATION)
     assert not stop.value.code
+    assert signal.getsignal(sig) is before, "a second one must stop at once"
     monkeypatch.undo()
     assert last(tmp_path)["global_step"] == 2 * STOP_AT
     assert_goes_on(llama_salm[0], manifest, tmp_path, uninterrupted)
