@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import recipe
 import recipe_checks
@@ -33,6 +32,7 @@ from study.runs import Run, choose, config, dev_score, grid
 from study.summary import Study, write_study
 
 from nemo_rba.distributed import parallel
+from nemo_rba.interruption import raise_on
 from nemo_rba.stages import Stages
 
 SECONDS_TO_SAVE = 10
@@ -41,7 +41,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 @hydra_runner(config_path="../conf", config_name="rba_study")
 def main(study: DictConfig) -> None:
-    signal.signal(signal.SIGTERM, _stop)
+    raise_on(signal.SIGTERM, stopped)
     try:
         runs = grid(study)
     except ValueError as problem:
@@ -146,8 +146,9 @@ def ask_one(study: DictConfig, data: Path, run: Run) -> None:
     recipe_evaluation.answer(cfg, sets, run.name, nemo_file(study, run), Path(study.output) / "evaluation")
 
 
-def _stop(signum: int, _frame: object) -> NoReturn:
-    raise recipe.Interrupted(f"stopped by {signal.Signals(signum).name}; run again to go on")
+def stopped() -> recipe.Interrupted:
+    """What ends the study."""
+    return recipe.Interrupted("stopped by SIGTERM; run again to go on")
 
 
 def _begin(study: DictConfig, run: Run) -> DictConfig:

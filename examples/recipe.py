@@ -34,6 +34,7 @@ from nemo_rba.data.loader import SpeechLoader
 from nemo_rba.distributed import parallel
 from nemo_rba.distributed.launch import launch
 from nemo_rba.distributed.once import once_per_model
+from nemo_rba.interruption import raise_on
 from nemo_rba.synthesis.speech import check_setup
 
 TAUGHT = ("sampler", "instruction_filters", "spoken_form", "speech_filters", "response_filters")  # may need the teacher
@@ -46,6 +47,8 @@ def start(cfg: DictConfig) -> None:
         SystemExit: something cannot work; nothing was started.
     """
     torch.set_num_threads(cfg.num_threads)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        raise_on(signal.SIGINT, KeyboardInterrupt)
     if is_global_rank_zero():  # the others wait for it in launch
         preflight(cfg)
     launch(devices=cfg.trainer.devices, num_nodes=cfg.trainer.num_nodes, seed=cfg.seed, **_groups(cfg))

@@ -15,6 +15,7 @@ PACKAGE = "nemo_rba"
 WORDS, GROUND, ROOMS, LOOPS = range(4)
 FLOORS = {
     **dict.fromkeys(("types", "protocols", "functional", "manifest", "memory", "stages", "language"), WORDS),
+    "interruption": WORDS,
     **dict.fromkeys(("distributed", "conversion"), GROUND),
     **dict.fromkeys(("synthesis", "data", "rewards", "modules", "checkpoint", "benchmarks"), ROOMS),
     **dict.fromkeys(("algorithms", "evaluation", "models", "plan"), LOOPS),

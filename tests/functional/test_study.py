@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from study.runs import Run, choose, dev_score, grid, is_bracketed
 
+from nemo_rba.interruption import raise_on
+
 ROOT = Path(__file__).parents[2]
 SMALL = """
 output: ???
@@ -149,7 +151,8 @@ def test_who_stops_the_study_stops_its_workers(tmp_path):
             pids += [int(path.stem) for path in tmp_path.glob("*.pid") if int(path.stem) not in pids]
         os.kill(os.getpid(), signal.SIGTERM)
 
-    pids, before = [], signal.signal(signal.SIGTERM, rba_study._stop)
+    pids, before = [], signal.getsignal(signal.SIGTERM)
+    raise_on(signal.SIGTERM, rba_study.stopped)
     threading.Thread(target=stop, args=(pids,), daemon=True).start()
     try:
         with pytest.raises(SystemExit, match="stopped by SIGTERM; run again to go on"):
