@@ -112,6 +112,7 @@ def _outcomes(workers: int, runs: list[Run], work: Callable[[Run], None]) -> Ite
                 yield run, None
         return
     context = multiprocessing.get_context("spawn")  # processes of their own: each has its process groups and its model
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
             waiting = {pool.submit(work, run): run for run in runs}
@@ -119,7 +120,7 @@ def _outcomes(workers: int, runs: list[Run], work: Callable[[Run], None]) -> Ite
                 yield waiting[done], done.exception()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            while children := multiprocessing.active_children():  # again, as one may have begun the next run meanwhile
+            while children := set(multiprocessing.active_children()) - others:  # again: one may have begun the next run
                 for child in children:
                     child.terminate()
                 for child in children:
