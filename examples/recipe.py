@@ -111,7 +111,7 @@ def loader_builder(
 
 
 class Interrupted(SystemExit):
-    """A signal has come, and what there was is saved."""
+    """A signal has ended the work; the same command goes on."""
 
 
 def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
@@ -157,13 +157,8 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
         seed=cfg.seed,
     )
     trainer = _trainer(cfg, folder)
-    ended: type[SystemExit] = SystemExit
     try:
-        trainer.fit(module)
-    except SystemExit as stop:
-        if stop.code:
-            raise
-        ended = Interrupted
+        interrupted = fit(trainer, module)
     except RunStopped as reason:
         last = sorted(Path(trainer.checkpoint_callback.dirpath).glob("*-last"))
         best = trainer.checkpoint_callback.best_model_path
@@ -172,9 +167,10 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
             f"checkpoint is {last[-1] if last else 'the start model'}, the best on dev {best or 'the start model'}. "
             "Change schedule, objective or reward and run again; or, if this is no reason to stop, the section watcher"
         ) from None
-    if ended is Interrupted or (trainer.global_step < cfg.trainer.max_steps and not _stopped_early(trainer)):
+    if interrupted or (trainer.global_step < cfg.trainer.max_steps and not _stopped_early(trainer)):
         parallel.barrier()  # rank 0 may still be tidying checkpoints, and launchers kill all when the first one ends
-        raise ended(f"{arm}: stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; run again to go on")
+        ended = f"{arm}: stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; run again to go on"
+        raise Interrupted(ended) if interrupted else SystemExit(ended)
     best = trainer.checkpoint_callback.best_model_path  # on the dev set, for every arm alike
     trainer.strategy.restore(module, best)
     logging.info(f"{arm}: keeping {Path(best).stem}")
@@ -196,13 +192,25 @@ def _trainer(cfg: DictConfig, folder: Path) -> Trainer:
 
 
 def save_on_signals(trainer: Trainer) -> None:
-    """SIGTERM and Ctrl-C save and stop at the end of the batch; a second one stops at once.
+    """SIGTERM and Ctrl-C save and stop at the end of the batch; a second one stops at once. See ``fit``.
 
-    exp_manager has it on GPUs alone and for SIGTERM. NeMo's callback ends the process by status 0, see ``align``.
+    exp_manager has it on GPUs alone and for SIGTERM.
     """
-    known = {callback.sig for callback in trainer.callbacks if isinstance(callback, PreemptionCallback)}
-    for sig in {signal.SIGTERM, signal.SIGINT} - known:
-        trainer.callbacks.append(PreemptionCallback(trainer.checkpoint_callback, sig))
+    known = [callback.sig for callback in trainer.callbacks if isinstance(callback, PreemptionCallback)]
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        if sig not in known:
+            trainer.callbacks.append(PreemptionCallback(trainer.checkpoint_callback, sig))
+
+
+def fit(trainer: Trainer, module: RBAAlignment) -> bool:
+    """Train; True where a signal has ended it before its time: NeMo's callback saves, and exits with status 0."""
+    try:
+        trainer.fit(module)
+    except SystemExit as stop:
+        if stop.code:
+            raise
+        return True
+    return False
 
 
 def _stopped_early(trainer: Trainer) -> bool:

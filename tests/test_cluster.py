@@ -73,7 +73,7 @@ def requeued(folder: Path) -> list[str]:
 
 def stop_message() -> str:
     """What rba_align says when it stopped for time, from its source."""
-    (text,) = re.findall(r'ended\(f"(\{arm\}: stopped [^"]+)"\)', (ROOT / "examples" / "recipe.py").read_text())
+    (text,) = re.findall(r'= f"(\{arm\}: stopped [^"]+)"', (ROOT / "examples" / "recipe.py").read_text())
     return re.sub(r"\{[^}]*(arm|step|max_steps)\}", lambda found: "rba" if found[1] == "arm" else "50", text)
 
 
