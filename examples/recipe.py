@@ -207,7 +207,7 @@ def fit(trainer: Trainer, module: RBAAlignment) -> bool:
     try:
         trainer.fit(module)
     except SystemExit as stop:
-        if stop.code:
+        if stop.code != 0:  # Lightning's own, without a code, saves nothing, and other ranks may not have it
             raise
         return True
     return False

@@ -151,7 +151,7 @@ def test_who_stops_the_study_stops_its_workers(tmp_path):
             pids += [int(path.stem) for path in tmp_path.glob("*.pid") if int(path.stem) not in pids]
         os.kill(os.getpid(), signal.SIGTERM)
 
-    bystander = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+    bystander = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,), daemon=True)
     bystander.start()
     others = set(multiprocessing.active_children())
     pids, before = [], signal.getsignal(signal.SIGTERM)

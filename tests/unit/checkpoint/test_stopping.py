@@ -7,13 +7,15 @@ NeMo's timer and preemption callback do it, with checkpoints that are folders.
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import alignment_run
 import pytest
+import recipe
 import torch
 from alignment_run import AT_VALIDATION, NUM_BATCHES, build, fit, make_manifest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
-from recipe import save_on_signals
 
 STOP_AT = 4  # batches: one after a validation, so nothing else would have saved them
 
@@ -71,7 +73,7 @@ def amend(monkeypatch, change):
 def test_a_signal_saves_at_the_end_of_the_batch(sig, llama_salm, manifest, uninterrupted, tmp_path, monkeypatch):
     def with_signals(trainer, cfg, start):
         start(trainer, cfg)
-        save_on_signals(trainer)
+        recipe.save_on_signals(trainer)
 
     amend(monkeypatch, with_signals)
     before = signal.getsignal(sig)
@@ -83,6 +85,21 @@ def test_a_signal_saves_at_the_end_of_the_batch(sig, llama_salm, manifest, unint
     monkeypatch.undo()
     assert last(tmp_path)["global_step"] == 2 * STOP_AT
     assert_goes_on(llama_salm[0], manifest, tmp_path, uninterrupted)
+
+
+def end_by(error):
+    def end(module):
+        raise error
+
+    return SimpleNamespace(fit=end)
+
+
+def test_only_an_end_that_was_saved_counts_as_one():
+    assert recipe.fit(SimpleNamespace(fit=lambda module: None), None) is False
+    assert recipe.fit(end_by(SystemExit(0)), None) is True
+    for error in (SystemExit(1), SystemExit("a complaint"), SIGTERMException()):
+        with pytest.raises(type(error)):
+            recipe.fit(end_by(error), None)
 
 
 def test_the_time_limit_saves_at_the_end_of_the_batch(llama_salm, manifest, uninterrupted, tmp_path, monkeypatch):
