@@ -248,6 +248,16 @@ def test_one_key_changes_what_hangs_on_it():
     assert (cfg.schedule.peak, cfg.schedule.total_steps) == (1, 9)
 
 
+@pytest.mark.parametrize(
+    ("rollouts", "group_size"),
+    [("policy", 8), ("mixed", 8), ("mixed_fresh", 8), ("resampled", 8), ("gkd", 1), ("gkd_fresh", 1),
+     ("fresh_teacher", 1), ("teacher", None)],
+)  # fmt: skip
+def test_8b_rollouts_are_one_choice(rollouts, group_size):
+    chosen = load("rba_8b", f"rollouts={rollouts}").rollouts
+    assert (chosen.get("group_size"), chosen.get("max_new_tokens")) == (group_size, group_size and 1024)
+
+
 @pytest.mark.parametrize("name", ["rba_8b", "rba_8b_lora"])
 def test_8b_rivals_can_be_left_out(name):
     cfg = load(name, "~baselines.sft", "~baselines.forward_kl")

@@ -27,7 +27,7 @@ TINY = [
 ]  # fmt: skip
 SPREAD = ["trainer.devices=4", "model.tensor_model_parallel_size=2"]
 TP2_PP2 = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2", "data.batch_size=32"]
-AS_RIVAL = ["rollouts=teacher", "~rollouts.group_size", "~rollouts.max_new_tokens"]
+AS_RIVAL = ["rollouts=teacher"]
 EIGHT_BILLION = {
     "8b": ["--config-name=rba_8b"],
     "8b_tp2_pp2": ["--config-name=rba_8b", *TP2_PP2],
