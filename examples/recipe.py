@@ -194,11 +194,12 @@ def _trainer(cfg: DictConfig, folder: Path) -> Trainer:
 def save_on_signals(trainer: Trainer) -> None:
     """SIGTERM and Ctrl-C save and stop at the end of the batch; a second one stops at once. See ``fit``.
 
-    exp_manager has it on GPUs alone and for SIGTERM.
+    exp_manager has it on GPUs alone and for SIGTERM. What the caller has the process ignore stays ignored: a shell's
+    script starts its jobs behind ``&`` without Ctrl-C.
     """
     known = [callback.sig for callback in trainer.callbacks if isinstance(callback, PreemptionCallback)]
     for sig in (signal.SIGTERM, signal.SIGINT):
-        if sig not in known:
+        if sig not in known and signal.getsignal(sig) is not signal.SIG_IGN:
             trainer.callbacks.append(PreemptionCallback(trainer.checkpoint_callback, sig))
 
 

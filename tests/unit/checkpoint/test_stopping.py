@@ -87,6 +87,17 @@ def test_a_signal_saves_at_the_end_of_the_batch(sig, llama_salm, manifest, unint
     assert_goes_on(llama_salm[0], manifest, tmp_path, uninterrupted)
 
 
+@pytest.mark.parametrize(("sig", "other"), [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+def test_a_signal_that_the_process_ignores_stays_ignored(sig, other):
+    trainer = SimpleNamespace(callbacks=[], checkpoint_callback=None)
+    before = signal.signal(sig, signal.SIG_IGN)
+    try:
+        recipe.save_on_signals(trainer)
+    finally:
+        signal.signal(sig, before)
+    assert [callback.sig for callback in trainer.callbacks] == [other]
+
+
 def end_by(error):
     def end(module):
         raise error
