@@ -134,7 +134,8 @@ class AdvantageEstimator(Protocol):
     """How much better than its siblings.
 
     With an attribute ``needs_parts`` = True it is also given ``parts``, the rewards by name; with ``needs_greedy``,
-    ``greedy``, the reward (B,) of the greedy answer to each prompt. See ``algorithms.advantage.estimate``.
+    ``greedy``, the reward (B,) of the greedy answer to each prompt; with ``needs_own``, ``own``, which answers are the
+    student's (N,). See ``algorithms.advantage.estimate``.
     """
 
     min_group_size: int  # answers per prompt it needs

@@ -114,6 +114,10 @@ def test_preflight_names_everything_that_is_missing():
         ("model.folder=nowhere", "model.folder = nowhere"),
         ("reward=reward_model", "reward.parts.model.path is not set"),
         ("rollouts=mixed rollouts.group_size=1", "the teacher's answer included, got 1"),
+        (
+            "rollouts=mixed_fresh rollouts.num_taught=7 advantage=among_own",
+            "AmongOwn compares 2 or more answers to the same prompt, but rollouts.group_size is 8, 7 of them taught",
+        ),
         ("trainer.devices=auto", "trainer.devices is 'auto'; expected a whole number"),
         ("trainer.devices=3 data.num_dev=2", "data.num_dev is 2, but 3 data-parallel ranks share the dev set"),
         (
@@ -151,6 +155,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_its_instructions_are_
         ["objective=distillation", "rollouts=teacher"],
         ["rollouts=mixed", "advantage=group_normalized"],
         ["rollouts=mixed_fresh", "objective=rba_judged"],
+        ["rollouts=mixed_fresh", "objective=rba_judged", "advantage=among_own"],
         ["rollouts=mixed", "rollouts.group_size=2", "objective=dpo", "reward=spin", "advantage=group_centred"],
         ["rollouts=resampled", "objective=dr_grpo"],
     ],

@@ -9,6 +9,7 @@
 | BatchWhitened       | (r_i - mean) / (std of the global batch + eps)      | REINFORCE++, 2501.03262 |
 | PerRewardNormalized | sum_p weight_p (r_ip - mean r_p) / (std r_p + eps)  | GDPO, 2601.05242        |
 | GreedyBaseline      | r_i - r(greedy answer)                              | SCST, 1612.00563        |
+| AmongOwn            | another's, of the student's own answers alone       | ours                    |
 | NoAdvantage         | 0                                                   | no reward: distillation |
 
 A group whose rewards are all equal gives exactly 0 wherever the group is the baseline: rounding of the mean must not
@@ -16,8 +17,8 @@ turn into a gradient, all the less after a division by a tiny standard deviation
 Arithmetic is float64 inside, float32 outside.
 
 All are called with (rewards, prompt_index). One with ``needs_parts`` also takes ``parts``, the unweighted rewards of
-the mixture, and one with ``needs_greedy`` takes ``greedy``, the rewards of the greedy answers; ``estimate`` gives each
-what it asks for.
+the mixture, one with ``needs_greedy`` takes ``greedy``, the rewards of the greedy answers, and one with ``needs_own``
+takes ``own``, which answers are the student's; ``estimate`` gives each what it asks for.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,22 +34,25 @@ ROUNDING = 1e-12  # of a float64 mean; rewards that differ at all, as float32, d
 
 def estimate(
     estimator: Callable[..., Tensor], rewards: Tensor, prompt_index: Tensor, *, parts: Mapping[str, Tensor],
-    greedy: Callable[[], Tensor],
+    greedy: Callable[[], Tensor], own: Tensor,
 ) -> Tensor:  # fmt: skip
     """Advantages (N,) of any estimator, given what it asks for.
 
     Args:
-        estimator: see ``protocols.AdvantageEstimator``; may have ``needs_parts`` or ``needs_greedy``.
+        estimator: see ``protocols.AdvantageEstimator``; may have ``needs_parts``, ``needs_greedy`` or ``needs_own``.
         rewards: (N,).
         prompt_index: (N,).
         parts: each reward of the mixture, unweighted: name -> (N,).
         greedy: gives the reward of the greedy answer to each prompt row (B,); called only where asked for.
+        own: which answers are the student's (N,), bool.
     """
     extra = {}
     if getattr(estimator, "needs_parts", False):
         extra["parts"] = parts
     if getattr(estimator, "needs_greedy", False):
         extra["greedy"] = greedy()
+    if getattr(estimator, "needs_own", False):
+        extra["own"] = own
     return estimator(rewards, prompt_index, **extra)
 
 
@@ -213,6 +217,35 @@ class GreedyBaseline:
                 f"{int(prompt_index.max()) + 1}, got {None if greedy is None else tuple(greedy.shape)}"
             )
         return (rewards.double() - greedy.double()[prompt_index]).float()
+
+
+class AmongOwn:
+    """The student's answers are compared with each other; the teacher's, in the same group, get 0.
+
+    For mixed groups whose loss has the teacher's judgement as well (``JudgedPolicyLoss``): the judgement then teaches
+    what is right, and the reward which of the student's own ways is best. Where the teacher's answers are in the
+    baseline and all own ones are wrong, the reward only says no to every one of them.
+
+    Args:
+        estimator: who compares; any of the others.
+    """
+
+    needs_own = True
+
+    def __init__(self, *, estimator: Callable[..., Tensor]):
+        self.estimator = estimator
+        self.min_group_size = getattr(estimator, "min_group_size", 1)
+        self.needs_parts = getattr(estimator, "needs_parts", False)
+        self.needs_greedy = getattr(estimator, "needs_greedy", False)
+
+    def __call__(
+        self, rewards: Tensor, prompt_index: Tensor, own: Tensor, parts: Mapping[str, Tensor] | None = None, **greedy
+    ) -> Tensor:
+        """own (N,) bool; ``parts`` and ``greedy`` where the estimator asks for them."""
+        extra = greedy if parts is None else greedy | {"parts": {name: part[own] for name, part in parts.items()}}
+        advantages = torch.zeros_like(rewards, dtype=torch.float32)
+        advantages[own] = self.estimator(rewards[own], prompt_index[own], **extra)
+        return advantages
 
 
 class NoAdvantage:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nemo_rba.algorithms.advantage import estimate, silent_share
 from nemo_rba.algorithms.choices import check_choices, check_passes
-from nemo_rba.algorithms.collate import judge, prompt_index, split
+from nemo_rba.algorithms.collate import is_own, judge, prompt_index, split
 from nemo_rba.algorithms.controls import Controls, RunStopped
 from nemo_rba.algorithms.gkd import GKDRollouts
 from nemo_rba.algorithms.importance import Importance
@@ -124,7 +124,7 @@ class RBAAlignment(LightningModule):
         described = describe(answers)
         described["rollout/unfinished"] = self.source.num_unfinished / len(rollouts)
         if isinstance(self.source, GKDRollouts):
-            described["rollout/own"] = sum(rollout.logprobs is not None for rollout in rollouts) / len(rollouts)
+            described["rollout/own"] = float(is_own(rollouts).float().mean())
         if self.source.max_resamples:
             described["rollout/resampled"] = answers.num_resampled / len(batch)
         if self.objective.needs_advantages:
@@ -139,7 +139,8 @@ class RBAAlignment(LightningModule):
             return torch.zeros_like(answers.rewards)
         rewards, index = answers.rewards if price is None else answers.rewards - price, prompt_index(answers.rollouts)
         greedy = partial(self._greedy_rewards, batch)
-        return estimate(self.advantage, rewards, index, parts=answers.parts, greedy=greedy)
+        own = is_own(answers.rollouts)
+        return estimate(self.advantage, rewards, index, parts=answers.parts, greedy=greedy, own=own)
 
     def _update(self, minibatch: RolloutBatch, take_step: Callable[[], Metrics]) -> Metrics:
         """One optimiser step.
@@ -304,7 +305,7 @@ def describe(answers: Answers) -> Metrics:
 
     Where the teacher's answers stand among the student's own, rewards and lengths are of the own ones.
     """
-    own = torch.tensor([rollout.logprobs is not None for rollout in answers.rollouts])
+    own = is_own(answers.rollouts)
     own = own if own.any() else ~own
     lengths = torch.tensor([len(rollout.token_ids) for rollout in answers.rollouts], dtype=torch.float32)
     truncated = torch.tensor([rollout.truncated for rollout in answers.rollouts], dtype=torch.float32)

@@ -63,13 +63,15 @@ def _check_comparison(source: RolloutSource, advantage: AdvantageEstimator, obje
     """There are as many answers to a prompt, and of those kinds, as advantage and loss compare."""
     for choice in (advantage, objective):
         least = getattr(choice, "min_group_size", 1)
-        if source.group_size < least:
+        taught = getattr(source, "num_taught", 0) if getattr(choice, "needs_own", False) else 0
+        if source.group_size - taught < least:
             others = "choose another objective"
             if choice is advantage:
                 others = "set advantage=greedy_baseline" + (", or none" if objective.needs_teacher else "")
+            size = f"{source.group_size}{f', {taught} of them taught' if taught else ''}"
             raise ValueError(
                 f"{type(choice).__name__} compares {least} or more answers to the same prompt, but "
-                f"rollouts.group_size is {source.group_size}; raise it, or {others}"
+                f"rollouts.group_size is {size}; raise it, or {others}"
             )
     if getattr(advantage, "needs_greedy", False) and not source.on_policy:
         raise ValueError(

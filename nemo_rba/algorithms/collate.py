@@ -22,6 +22,11 @@ def prompt_index(rollouts: Sequence[Rollout]) -> Tensor:
     return torch.tensor([rollout.prompt_index for rollout in rollouts])
 
 
+def is_own(rollouts: Sequence[Rollout]) -> Tensor:
+    """Which are the student's own answers and not the teacher's (N,), bool."""
+    return torch.tensor([rollout.logprobs is not None for rollout in rollouts])
+
+
 def collate(
     batch: SpeechBatch, rollouts: Sequence[Rollout], advantages: Tensor, *, policy: Policy, objective: Objective,
     teacher: LikelihoodTeacher | None, num_minibatches: int, importance: Importance | None = None,
@@ -77,7 +82,7 @@ def _logprobs(
     teacher: LikelihoodTeacher | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     fields = {}
-    if all(rollout.logprobs is not None for rollout in rollouts):
+    if is_own(rollouts).all():
         sampled = pad_sequences([rollout.logprobs for rollout in rollouts], pad_value=0.0)[0]
         fields["old_logprobs" if objective.needs_old else "sampler_logprobs"] = sampled
     elif objective.needs_old:

@@ -114,6 +114,7 @@ class MixedRollouts:
 
     def _among(self, own: PolicyRollouts, taught: RolloutSource) -> None:
         self.group_size, self.max_new_tokens = own.group_size + taught.group_size, own.max_new_tokens
+        self.num_taught = taught.group_size
         self._own, self._taught = own, taught
 
     def __call__(self, policy: Policy, batch: SpeechBatch, seed: int, rows: Tensor | None = None) -> list[Rollout]:

@@ -6,6 +6,7 @@ import torch
 
 from nemo_rba.algorithms import advantage
 from nemo_rba.algorithms.advantage import (
+    AmongOwn,
     BatchWhitened,
     GreedyBaseline,
     GroupCentred,
@@ -19,6 +20,7 @@ from nemo_rba.algorithms.advantage import (
 
 REWARDS = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])  # 2 groups x 3 rewards
 INDEX = torch.tensor([0, 0, 0, 1, 1, 1])
+OWN = torch.tensor([True, True, False, False, True, True])
 
 
 def test_leave_one_out_by_hand():
@@ -182,7 +184,7 @@ def test_estimate_gives_each_estimator_what_it_asks_for():
         return torch.tensor([2.0, 0.0])
 
     def with_all(estimator):
-        return estimate(estimator, REWARDS, INDEX, parts=PARTS, greedy=greedy)
+        return estimate(estimator, REWARDS, INDEX, parts=PARTS, greedy=greedy, own=OWN)
 
     assert with_all(GroupCentred()).tolist() == [-2.0, -1.0, 3.0, -1.0, -1.0, 2.0]
     assert with_all(per_reward())[3:].tolist() == [-2.0, 0.0, 2.0]
@@ -190,6 +192,21 @@ def test_estimate_gives_each_estimator_what_it_asks_for():
     assert asked == [], "no greedy answers where nobody asks"
     assert with_all(GreedyBaseline()).tolist() == [-1.0, 0.0, 4.0, 0.0, 0.0, 3.0]
     assert asked == [1]
+    assert with_all(AmongOwn(estimator=GroupCentred())).tolist() == [-0.5, 0.5, 0.0, 0.0, -1.5, 1.5]
+    assert with_all(AmongOwn(estimator=per_reward()))[[2, 3]].tolist() == [0.0, 0.0]
+    assert with_all(AmongOwn(estimator=GreedyBaseline())).tolist() == [-1.0, 0.0, 0.0, 0.0, 0.0, 3.0]
+    assert asked == [1, 1]
+
+
+def test_own_answers_are_compared_with_each_other_alone():
+    """The teacher's are not even in the baseline: where all own answers are wrong, nothing is said of them."""
+    rewards, index = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]), torch.arange(8) // 4
+    own = torch.tensor([True, True, False, False] * 2)
+    advantages = AmongOwn(estimator=GroupNormalized(epsilon=1e-9, divide_by_std=True))(rewards, index, own=own)
+    torch.testing.assert_close(advantages, torch.tensor([0, 0, 0, 0, -0.5, 0.5, 0, 0]) * 2**0.5)
+    assert advantages.dtype == torch.float32
+    with pytest.raises(ValueError, match="prompt 0 has 1 answer"):
+        AmongOwn(estimator=LeaveOneOut())(rewards[:4], index[:4], own=own[:4] & torch.tensor([True, False, True, True]))
 
 
 def test_rounding_of_a_mean_is_not_an_advantage():
