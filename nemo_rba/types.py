@@ -107,6 +107,7 @@ class RolloutBatch:
     sampler_logprobs: Tensor | None = None  # (N, T) as the sampler gave them, where old_logprobs are the trainer's
     importance_weights: Tensor | None = None  # (N, T) of every token's loss; None = 1
     ref_logprobs: Tensor | None = None  # (N, T) under the start model
+    is_own: Tensor | None = None  # (N,) bool, the student's answers: samples of its KL to the start; None = all
     teacher_logprobs: Tensor | None = None  # (N, T) under the teacher, who reads the transcript
     teacher_baseline: float = 0.0  # mean of teacher_logprobs - old_logprobs over the tokens of the global batch
     teacher_topk_ids: Tensor | None = None  # (N, T, K) the teacher's likeliest next tokens

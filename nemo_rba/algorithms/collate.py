@@ -89,6 +89,7 @@ def _logprobs(
         fields["old_logprobs"] = policy.logprobs(whole)
     if objective.needs_reference:
         fields["ref_logprobs"] = policy.logprobs(whole, reference=True)
+        fields["is_own"] = is_own(rollouts)
     if objective.needs_teacher or objective.teacher_topk:
         fields |= _judgement(rollouts, objective, teacher)
     return fields

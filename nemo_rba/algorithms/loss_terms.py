@@ -109,9 +109,14 @@ def kl_to_start(
 ) -> tuple[Tensor, Metrics]:  # fmt: skip
     """``objective.kl_coefficient`` * KL(pi || pi_ref), by ``objective.kl_estimator``; ``logprobs`` 0 where padded.
 
-    0 where the reward has paid for it, see ``kl_reward``.
+    The KL is a mean over what the student says, so the teacher's answers in a mixed group count as 0: k3 of a word that
+    the student would never say is pi_ref / pi, without bound, and would be the whole step. 0 where the reward has paid
+    for it, see ``kl_reward``.
     """
     reference = real(given(batch.ref_logprobs, "ref_logprobs", objective), batch)
+    if batch.is_own is not None:
+        reference = torch.where(batch.is_own[:, None], reference, logprobs.detach())
+        logprobs = torch.where(batch.is_own[:, None], logprobs, logprobs.detach())
     metrics = {"kl/reference": token_mean(start_kl(logprobs.detach(), reference, "k3"), batch)}
     if objective.kl_estimator in KL_REWARDS:
         return logprobs.new_zeros(()), metrics

@@ -168,6 +168,29 @@ def test_kl_term_by_hand(make):
     assert metrics["kl/reference"].item() == pytest.approx(0.1931472)
 
 
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("make", [lambda **kw: ReinforceLoss(**(COMMON | kw)), dual_clip, cispo, gspo])
+def test_the_teachers_answers_are_no_samples_of_the_students_kl(make, estimator):
+    """Two answers, the second the teacher's: what the start model thinks of it costs nothing, however much it is."""
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    objective = make(kl_coefficient=0.1, kl_estimator=estimator)
+    found = []
+    for of_teachers in (-1.0, 40.0):
+        logprobs = torch.tensor([[math.log(0.5)], [-30.0]], requires_grad=True)
+        batch = make_batch(
+            mask, advantages=torch.zeros(2), old_logprobs=logprobs.detach(), is_own=torch.tensor([True, False]),
+            ref_logprobs=torch.tensor([[math.log(0.25)], [of_teachers]]),
+        )  # fmt: skip
+        loss, metrics = objective(logprobs, batch)
+        loss.backward()
+        assert logprobs.grad[0].abs() > 0
+        assert logprobs.grad[1] == 0
+        found.append((loss.item(), metrics["kl/reference"].item()))
+    assert found[0] == found[1]
+    value = {"k2": math.log(2) ** 2 / 2, "k3": 0.5 - 1 + math.log(2)}[estimator]
+    assert found[0][0] == pytest.approx(0.1 * value / 2), "of two tokens"
+
+
 def test_the_teachers_judgement_is_added_to_the_advantage():
     logprobs, batch = one_token(
         -4.0, advantages=torch.tensor([1.0]), old_logprobs=torch.tensor([[-4.0]]),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from one_word import FakePolicy, FakeTeacher, SaysYes, clipped, make, speech_batch
 
-from nemo_rba.algorithms.advantage import GreedyBaseline, GroupCentred, GroupNormalized, LeaveOneOut
+from nemo_rba.algorithms.advantage import AmongOwn, GreedyBaseline, GroupCentred, GroupNormalized, LeaveOneOut
 from nemo_rba.algorithms.alignment import check_choices
 from nemo_rba.algorithms.group_losses import DPOLoss
 from nemo_rba.algorithms.importance import TruncatedImportance
@@ -132,6 +132,13 @@ def test_new_answers_of_the_teacher_join_each_group():
     for row, advantages in zip(rewards, batch.advantages.view(4, 5), strict=True):
         expected = (row - row.mean()) / (row.std() + 1e-4) if row.std() > 0 else torch.zeros(5)
         torch.testing.assert_close(advantages, expected, msg="the teacher's are compared like all others")
+    module, step = make(clipped(kl=0.1), source=source, advantage=AmongOwn(estimator=GroupCentred()))
+    module.align(speech_batch(), step)
+    (batch,) = module.policy.seen
+    assert batch.is_own.view(4, 5).tolist() == [[True, True, True, False, False]] * 4
+    own_rewards = (batch.response_ids[:, 0] == 0).float().view(4, 5)[:, :3]
+    expected = torch.nn.functional.pad(own_rewards - own_rewards.mean(1, keepdim=True), (0, 2))
+    torch.testing.assert_close(batch.advantages.view(4, 5), expected)
     for num_taught in (0, 5):
         with pytest.raises(ValueError, match=rf"num_taught is {num_taught}, of rollouts\.group_size 5"):
             own(5, FreshMixedRollouts, teacher=None, num_taught=num_taught)
