@@ -156,6 +156,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_its_instructions_are_
         ["rollouts=mixed", "advantage=group_normalized"],
         ["rollouts=mixed_fresh", "objective=rba_judged"],
         ["rollouts=mixed_fresh", "objective=rba_judged", "advantage=among_own"],
+        ["rollouts=mixed_fresh", "objective=rba_judged", "advantage=none"],
         ["rollouts=mixed", "rollouts.group_size=2", "objective=dpo", "reward=spin", "advantage=group_centred"],
         ["rollouts=resampled", "objective=dr_grpo"],
     ],

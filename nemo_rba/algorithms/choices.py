@@ -59,6 +59,11 @@ def check_passes(objective: Objective, ppo_epochs: int) -> None:
         )
 
 
+def _is_judged(objective: Objective) -> bool:
+    """Whether it learns from the teacher's opinion of tokens, the sampled ones or its likeliest."""
+    return objective.needs_teacher or objective.teacher_topk > 0
+
+
 def _check_comparison(source: RolloutSource, advantage: AdvantageEstimator, objective: Objective) -> None:
     """There are as many answers to a prompt, and of those kinds, as advantage and loss compare."""
     for choice in (advantage, objective):
@@ -67,7 +72,7 @@ def _check_comparison(source: RolloutSource, advantage: AdvantageEstimator, obje
         if source.group_size - taught < least:
             others = "choose another objective"
             if choice is advantage:
-                others = "set advantage=greedy_baseline" + (", or none" if objective.needs_teacher else "")
+                others = "set advantage=greedy_baseline" + (", or none" if _is_judged(objective) else "")
             size = f"{source.group_size}{f', {taught} of them taught' if taught else ''}"
             raise ValueError(
                 f"{type(choice).__name__} compares {least} or more answers to the same prompt, but "
@@ -84,7 +89,7 @@ def _check_signal(
     source: RolloutSource, advantage: AdvantageEstimator, objective: Objective, representation: Representation | None
 ) -> None:  # fmt: skip
     """There is a signal: a reward, the teacher's judgement or hidden states; and, for a policy, answers of its own."""
-    judged = objective.needs_teacher or isinstance(representation, RepresentationLoss)
+    judged = _is_judged(objective) or isinstance(representation, RepresentationLoss)
     if isinstance(advantage, NoAdvantage) and not judged:
         raise ValueError(
             f"NoAdvantage takes no reward, and {type(objective).__name__} learns from nothing else; choose another "
