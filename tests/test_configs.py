@@ -115,6 +115,10 @@ def test_preflight_names_everything_that_is_missing():
         ("reward=reward_model", "reward.parts.model.path is not set"),
         ("rollouts=mixed rollouts.group_size=1", "the teacher's answer included, got 1"),
         (
+            "rollouts=fresh_teacher rollouts.group_size=4 objective=dpo advantage=among_own",
+            "AmongOwn compares 2 or more answers to the same prompt, but rollouts.group_size is 4, 4 of them taught",
+        ),
+        (
             "rollouts=mixed_fresh rollouts.num_taught=7 advantage=among_own",
             "AmongOwn compares 2 or more answers to the same prompt, but rollouts.group_size is 8, 7 of them taught",
         ),

@@ -115,8 +115,7 @@ def kl_to_start(
     """
     reference = real(given(batch.ref_logprobs, "ref_logprobs", objective), batch)
     if batch.is_own is not None:
-        reference = torch.where(batch.is_own[:, None], reference, logprobs.detach())
-        logprobs = torch.where(batch.is_own[:, None], logprobs, logprobs.detach())
+        logprobs = torch.where(batch.is_own[:, None], logprobs, reference)
     metrics = {"kl/reference": token_mean(start_kl(logprobs.detach(), reference, "k3"), batch)}
     if objective.kl_estimator in KL_REWARDS:
         return logprobs.new_zeros(()), metrics

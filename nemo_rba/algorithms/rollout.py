@@ -69,7 +69,7 @@ class ResampledRollouts(PolicyRollouts):
 class TeacherRollouts:
     """The teacher's stored answer to each spoken prompt: the data of supervised fine-tuning."""
 
-    group_size = 1
+    group_size = num_taught = 1
     on_policy = False
     num_unfinished = max_resamples = 0
 
@@ -114,7 +114,7 @@ class MixedRollouts:
 
     def _among(self, own: PolicyRollouts, taught: RolloutSource) -> None:
         self.group_size, self.max_new_tokens = own.group_size + taught.group_size, own.max_new_tokens
-        self.num_taught = taught.group_size
+        self.num_taught = taught.num_taught
         self._own, self._taught = own, taught
 
     def __call__(self, policy: Policy, batch: SpeechBatch, seed: int, rows: Tensor | None = None) -> list[Rollout]:
@@ -142,6 +142,7 @@ class FreshTeacherRollouts:
                 "rollouts=teacher for the stored answers"
             )
         self.teacher, self.group_size, self.max_new_tokens = teacher, group_size, max_new_tokens
+        self.num_taught = group_size
         self.temperature, self.top_p = temperature, top_p
         self.num_unfinished = 0
 
