@@ -119,11 +119,18 @@ def _table(size: str, result: dict, labels: Sequence[str]) -> Table:
         budget = result["budget"][label]
         row = [label, budget["rate"], budget["clips"], budget["time"], _interval(whole["gap_closed"][label], " %")]
         row += [f"{part['gap_closed'][label]['value']:.1f} %" for part in kinds.values()]
-        row.append(_interval(whole["differences"][label], "") if label in whole["differences"] else "–")
+        row.append(_difference(whole, trial, label) if label in whole["differences"] else "–")
         rows.append(row + [f"{c['whole']['scores'][label]['value']:.1f}" for c in others])
     start = result["roles"]["start"]
     rows.append([start, *["–"] * (5 + len(kinds)), *(f"{c['whole']['scores'][start]['value']:.1f}" for c in others)])
     return Table(header, rows)
+
+
+def _difference(whole: dict, trial: str, label: str) -> str:
+    """Of the means, its interval over items, and each seed's own: how runs differ is in no interval over items."""
+    mean, seeds = _interval(whole["differences"][label], ""), whole["seeds"]
+    single = [f"{ours - theirs:.1f}" for ours, theirs in zip(seeds[trial], seeds[label], strict=True)]
+    return f"{mean}; {', '.join(single)}" if len(single) > 1 else mean
 
 
 def _interval(found: dict, unit: str) -> str:
@@ -167,10 +174,11 @@ def _grid(study: Study, prompts: int) -> Table:
 
 def _caption(study: Study) -> str:
     seeds = len(study.config.seeds)
-    return (
+    line = (
         f"Mean over {seeds} seed{'s' if seeds > 1 else ''} of (aligned - start) / (teacher - start) on held-out "
         "voices; bars: 95 % intervals, paired bootstrap over items."
     )
+    return line if seeds == 1 else f"{line} How runs differ is not in them: each seed's own difference is in the table."
 
 
 def _protocol(study: Study) -> list[str]:

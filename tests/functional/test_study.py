@@ -68,6 +68,8 @@ def test_a_small_study_is_complete(tmp_path):
     assert found["budget"]["RBA"]["clips"] == "8"
     page = (tmp_path / "study.md").read_text()
     assert page.count("◄") == 2
+    mean, rba, sft = whole["differences"]["SFT, fresh"], *(whole["seeds"][arm] for arm in ("RBA", "SFT, fresh"))
+    assert f"{mean['high']:.1f}]; {rba[0] - sft[0]:.1f}, {rba[1] - sft[1]:.1f} |" in page, "seed by seed"
     assert (tmp_path / "plots" / "sizes.png").stat().st_size > 5_000
     assert (tmp_path / "n8" / "report.html").is_file()
 
