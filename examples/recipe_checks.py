@@ -91,7 +91,7 @@ def too_few(cfg: DictConfig) -> list[str]:
     groups = layout(cfg)
     ranks = cfg.trainer.devices * cfg.trainer.num_nodes
     ranks //= max(1, groups["tensor_model_parallel_size"] * groups["pipeline_model_parallel_size"])
-    sizes = {key: cfg.data.get(key) for key in ("num_dev", "dev_items")}
+    sizes = {key: cfg.data.get(key) for key in ("num_dev", "dev_prompts")}
     return [
         f"data.{key} is {size}, but {ranks} data-parallel ranks share the dev set; expected an item for each"
         for key, size in sizes.items()

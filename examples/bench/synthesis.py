@@ -87,7 +87,7 @@ def noise() -> NoiseAugmentation:
 def pipeline(output: Path, num_items: int, num_words: int) -> SelfSynthesis:
     """The whole of synthesis, without a teacher."""
     train = Split(name="train", size=num_items, tts=voices(), augment=noise(), instructions_of="train", shares={},
-                  seen_speakers=True, num_responses=1, every_voice=False)  # fmt: skip
+                  seen_speakers=True, num_responses=1, recordings=1)  # fmt: skip
     return SelfSynthesis(
         teacher=None, teacher_name="none", sampler=RandomWords(num_words=num_words, batch_size=500),
         instruction_filters=[DuplicateFilter()], spoken_form=None, speech_filters=[], response_filters=[],

@@ -63,7 +63,7 @@ def config(study: DictConfig, run: Run) -> DictConfig:
         study.recipe,
         overrides=[
             *study.common, f"name={study.name}", f"arm={run.arm}", f"seed={run.seed}",
-            f"+data.train_items={run.prompts}", f"trainer.max_steps={steps}",
+            f"+data.train_prompts={run.prompts}", f"trainer.max_steps={steps}",
             f"trainer.val_check_interval={interval}", f"learning_rate={run.learning_rate}",
             *arm.overrides,
         ],

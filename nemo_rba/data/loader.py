@@ -123,7 +123,8 @@ class SpeechLoader:
         drop_last: True for training. Batches are then always full: an unusable item is replaced by the next usable
             one of this rank, so that ranks keep step, at the price of meeting that one twice. With False (evaluation)
             nothing is replaced or repeated, and a batch without usable items is left out.
-        num_items: use no more than so many items of the manifest, drawn by ``seed``; None uses all.
+        num_prompts: use no more than so many prompts of the manifest, drawn by ``seed``, with all recordings of each;
+            None uses all. Cuts with the same words and the same context are recordings of one prompt.
 
     Raises:
         ValueError: the manifest is missing, empty or smaller than a global batch, or as for ``EpochSampler``.
@@ -140,13 +141,13 @@ class SpeechLoader:
         rank: int,
         world_size: int,
         drop_last: bool,
-        num_items: int | None = None,
+        num_prompts: int | None = None,
     ):
         self.manifest = Path(manifest)
         self.dataset = dataset
         self._cuts = self._read()
-        if num_items is not None:
-            self._cuts = self._draw(num_items, seed)
+        if num_prompts is not None:
+            self._cuts = self._draw(num_prompts, seed)
         if not (shuffle or drop_last):  # evaluation: little padding, and memory runs out at once or never
             self._cuts.sort(key=lambda cut: -cut.duration)
         self._digest = hashlib.sha256("\n".join(cut.id for cut in self._cuts).encode()).hexdigest()
@@ -223,13 +224,18 @@ class SpeechLoader:
             raise ValueError(f"manifest '{self.manifest}' is empty; run the synthesis again or name another manifest")
         return cuts
 
-    def _draw(self, num_items: int, seed: int) -> list[Cut]:
-        if not 1 <= num_items <= len(self._cuts):
+    def _draw(self, num_prompts: int, seed: int) -> list[Cut]:
+        recordings: dict[tuple, list[Cut]] = {}
+        for cut in self._cuts:
+            said = tuple(supervision.text for supervision in cut.supervisions)
+            recordings.setdefault((said, (cut.custom or {}).get("context")), []).append(cut)
+        if not 1 <= num_prompts <= len(recordings):
             raise ValueError(
-                f"num_items={num_items}: expected 1 to {len(self._cuts)}, the items of '{self.manifest}'; change "
-                "data.train_items or data.dev_items, or make the manifest larger"
+                f"num_prompts={num_prompts}: expected 1 to {len(recordings)}, the prompts of '{self.manifest}'; change "
+                "data.train_prompts or data.dev_prompts, or make the manifest larger"
             )
-        return random.Random(f"{seed}/items").sample(self._cuts, num_items)
+        drawn = random.Random(f"{seed}/items").sample(list(recordings.values()), num_prompts)
+        return [cut for cuts in drawn for cut in cuts]
 
     def _identity(self) -> dict[str, Any]:
         return {

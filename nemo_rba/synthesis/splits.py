@@ -12,29 +12,28 @@ from nemo_rba.synthesis.filters import normalize_text
 from nemo_rba.synthesis.text import Quota
 from nemo_rba.types import Instruction, SamplingParams
 
+EVERY_VOICE = "every_voice"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """One named set of utterances."""
 
     name: str  # folder below the output
-    size: int  # utterances, or instructions where each is in ``every_voice``; 0 leaves the split out
+    size: int  # instructions, with one answer each; 0 leaves the split out
     tts: TTS  # its voices
     augment: Augmentation | None  # None = clean speech
     instructions_of: str  # its own name, or the split whose first ``size`` instructions it speaks again
     shares: Mapping[str, float]  # kind -> share of ``size``, e.g. {open: 0.5, closed: 0.5}; {} = as they come
     seen_speakers: bool  # True allows voices of the training split
-    num_responses: int  # of the teacher to each instruction, in as many utterances
-    every_voice: bool  # True speaks each instruction in every voice, False in one that is drawn
+    num_responses: int  # of the teacher to each instruction; each is an instruction of its own in ``size``
+    recordings: int | str  # of each instruction: how many, by speakers that are drawn, or "every_voice": in each voice
 
     @cached_property
     def casts(self) -> list[list[str]]:
-        """Whom the speaker is drawn from: all speakers; with ``every_voice`` those of each voice, one after the other.
-
-        An instruction is spoken once by each cast.
-        """
-        if not self.every_voice:
-            return [list(self.tts.speakers)]
+        """Whom the speaker of each recording is drawn from: all speakers, or with "every_voice" those of one voice."""
+        if self.recordings != EVERY_VOICE:
+            return [list(self.tts.speakers)] * self.recordings
         voices = voices_of(self.tts)
         return [[s for s in self.tts.speakers if voices[s] == voice] for voice in dict.fromkeys(voices.values())]
 
@@ -87,6 +86,9 @@ def check_splits(
         if split.size < 0 or split.instructions_of not in by_name:
             raise ValueError(f"split {split.name}: size {split.size}, instructions_of {split.instructions_of!r}; "
                              f"expected a size of at least 0 and one of {sorted(by_name)}")  # fmt: skip
+        if split.recordings != EVERY_VOICE and not (isinstance(split.recordings, int) and split.recordings >= 1):
+            raise ValueError(f"split {split.name}: recordings {split.recordings!r}; expected how many of each "
+                             f"instruction, at least 1, or {EVERY_VOICE}")  # fmt: skip
         if split.num_responses < 1 or (split.num_responses > 1 and response_params.temperature == 0):
             raise ValueError(f"split {split.name}: num_responses {split.num_responses} at response_params.temperature "
                              f"{response_params.temperature:g}; expected at least 1, and for several a temperature "

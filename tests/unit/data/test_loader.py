@@ -59,15 +59,31 @@ def test_every_epoch_is_another_permutation(items, make_loader):
     assert flat(epoch_of(make_loader(loader.manifest, seed=2))) != epochs[0]
 
 
-def test_some_items_are_drawn_by_the_seed(items, make_loader):
+def test_some_prompts_are_drawn_by_the_seed(items, make_loader):
     manifest = items(12)
-    drawn = {seed: set(flat(epoch_of(make_loader(manifest, num_items=4, seed=seed)))) for seed in (1, 2)}
+    drawn = {seed: set(flat(epoch_of(make_loader(manifest, num_prompts=4, seed=seed)))) for seed in (1, 2)}
     assert [len(found) for found in drawn.values()] == [4, 4]
     assert drawn[1] != drawn[2]
-    loader = make_loader(manifest, num_items=4)
+    loader = make_loader(manifest, num_prompts=4)
     assert set(flat(epoch_of(loader))) | set(flat(epoch_of(loader))) == drawn[1], "the same in every epoch"
-    with pytest.raises(ValueError, match=r"num_items=13: expected 1 to 12.*data\.train_items"):
-        make_loader(manifest, num_items=13)
+    with pytest.raises(ValueError, match=r"num_prompts=13: expected 1 to 12.*data\.train_prompts"):
+        make_loader(manifest, num_prompts=13)
+
+
+def test_a_prompt_is_drawn_with_all_its_recordings(tmp_path, cut_of, make_loader):
+    cuts = [cut_of(f"item-{i:02d}", tone(i / 100)) for i in range(12)]
+    for i, cut in enumerate(cuts):  # 5 prompts, the last recorded four times: two by two, and 8 to 11
+        cut.supervisions[0].text = f"say {min(i // 2, 4)}"
+    CutSet.from_cuts(cuts).to_jsonl(tmp_path / "cuts.jsonl")
+    drawn = flat(epoch_of(make_loader(tmp_path / "cuts.jsonl", num_prompts=3, seed=1, drop_last=False)))
+    prompts = [min(int(name.split("-")[1]) // 2, 4) for name in drawn]
+    assert len(set(prompts)) == 3
+    assert all(prompts.count(prompt) == (4 if prompt == 4 else 2) for prompt in prompts)
+    with pytest.raises(ValueError, match=r"num_prompts=6: expected 1 to 5, the prompts of"):
+        make_loader(tmp_path / "cuts.jsonl", num_prompts=6)
+    cuts[0].custom["context"] = "Answer in German."
+    CutSet.from_cuts(cuts).to_jsonl(tmp_path / "cuts.jsonl")
+    make_loader(tmp_path / "cuts.jsonl", num_prompts=6)  # other typed words beside the speech: another prompt
 
 
 def test_the_order_is_frozen():

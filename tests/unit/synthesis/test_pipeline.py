@@ -2,6 +2,7 @@
 import errno
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def split_of(text: str) -> str:
 def make_splits(train_tts: FakeTTS, **changes) -> list[Split]:
     other = FakeTTS(["c", "d"])
     noise = NoiseAugmentation(snr_db_min=10, snr_db_max=20, color="white", peak_min=0.5, peak_max=0.9, seed=1)
-    common = {"augment": None, "shares": {}, "seen_speakers": False, "num_responses": 1, "every_voice": False}
+    common = {"augment": None, "shares": {}, "seen_speakers": False, "num_responses": 1, "recordings": 1}
     rows = {
         "train": {"size": 50, "tts": train_tts, "augment": noise, "shares": {"open": 0.5, "closed": 0.5}},
         "dev": {"size": 8, "tts": other},
@@ -260,11 +261,32 @@ def test_several_answers_are_the_business_of_the_split_that_asks(tmp_path):
         build(tmp_path, splits=splits, response_params=sampled)
 
 
+def test_each_instruction_is_recorded_by_several_speakers(tmp_path):
+    tts = FakeTTS([f"s{n}" for n in range(50)])
+    splits = make_splits(tts, train={"size": 10, "recordings": 3}, dev={"size": 0}, test_seen={"size": 0})
+    card = build(tmp_path / "data", splits=splits, shard_size=7).run(CONFIG)
+    cuts = list(read_manifest(tmp_path / "data" / "train"))
+    once = build(tmp_path / "once", splits=make_splits(tts, train={"size": 10}))
+    once.run(CONFIG)
+    first = [cut.supervisions[0].text for cut in read_manifest(tmp_path / "once" / "train")]
+    assert [cut.supervisions[0].text for cut in cuts] == [text for text in first for _ in range(3)], "the same prompts"
+    assert [cut.id for cut in cuts] == [f"train-{n:06d}" for n in range(30)]
+    speakers = [cut.custom["speaker"] for cut in cuts]
+    assert max(Counter(speakers).values()) < 5, "drawn for each recording"
+    assert card["splits"]["train"]["clips"] == 30
+
+
+@pytest.mark.parametrize("recordings", [0, "two", 1.5])
+def test_a_number_of_recordings_that_is_none_is_refused(tmp_path, recordings):
+    with pytest.raises(ValueError, match=rf"split train: recordings {recordings!r}; expected how many of each"):
+        build(tmp_path, splits=make_splits(FakeTTS(["a", "b"]), train={"recordings": recordings}))
+
+
 def test_every_voice_speaks_every_instruction(tmp_path):
     tts = FakeTTS(["c fast", "c slow", "d"])
     tts.voices = {"c fast": "c", "c slow": "c", "d": "d"}
     small = {"train": {"size": 20}, "dev": {"size": 0}, "test": {"tts": tts, "size": 10}}
-    every = {"tts": tts, "every_voice": True, "size": 7, "seen_speakers": False}
+    every = {"tts": tts, "recordings": "every_voice", "size": 7, "seen_speakers": False}
     splits = make_splits(FakeTTS(["a", "b"]), **small, test_seen=every)
     build(tmp_path / "data", splits=splits, shard_size=5).run(CONFIG)
     first = [cut.supervisions[0].text for cut in read_manifest(tmp_path / "data" / "test")][:7]
@@ -331,7 +353,7 @@ class Translations:
 def test_targets_reach_the_manifest_and_are_not_asked_for(tmp_path):
     teacher, tts = FakeTeacher(), FakeTTS(["a", "b"])
     row = {"name": "train", "instructions_of": "train", "size": 3, "tts": tts, "augment": None, "shares": {},
-           "seen_speakers": True, "num_responses": 1, "every_voice": False}  # fmt: skip
+           "seen_speakers": True, "num_responses": 1, "recordings": 1}  # fmt: skip
     settings = {"sampler": Translations(), "splits": [Split(**row)], "split_of": lambda text: "train"}
     settings |= {"spoken_form": None, "max_batches": 1}
     card = build(tmp_path, teacher=teacher, tts=tts, **settings).run(CONFIG)

@@ -24,7 +24,7 @@ SIZE = 40
 
 def train(tts, augment=None, size: int = SIZE) -> Split:
     return Split(name="train", instructions_of="train", size=size, tts=tts, augment=augment, shares={},
-                 seen_speakers=True, num_responses=1, every_voice=False)  # fmt: skip
+                 seen_speakers=True, num_responses=1, recordings=1)  # fmt: skip
 
 
 def synthesis(output: Path, tts, *, augment=None, size: int = SIZE, **changes) -> SelfSynthesis:

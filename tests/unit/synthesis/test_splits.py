@@ -24,7 +24,7 @@ def espeak(*voices: str, rate: int = 140) -> EspeakTTS:
 
 def split(name: str, tts, *, seen_speakers: bool = False) -> Split:
     return Split(name=name, instructions_of=name, size=5, tts=tts, augment=None, shares={}, num_responses=1,
-                 every_voice=False, seen_speakers=seen_speakers)  # fmt: skip
+                 recordings=1, seen_speakers=seen_speakers)  # fmt: skip
 
 
 def check(train, dev, *, language: str | None = None, seen_speakers: bool = False) -> None:
