@@ -80,9 +80,9 @@ def synthesize(cfg: DictConfig, folder: Path, rank: int) -> None:
 
 def loader_builder(
     cfg: DictConfig, manifest: Path, quarantine: Path, *, train: bool, needs_response: bool = True,
-    augmentation: Callable | None = None, num_items: int | None = None,
+    augmentation: Callable | None = None, num_prompts: int | None = None,
 ) -> Callable[..., SpeechLoader]:  # fmt: skip
-    """``build(prompt=, sampling_rate=)`` of this rank's batches of a manifest, or of ``num_items`` of it."""
+    """``build(prompt=, sampling_rate=)`` of this rank's batches of a manifest, or of ``num_prompts`` of it."""
     if parallel.model_parallel_rank() > 0:  # reads what the first rank of its model reads, and reports it
         quarantine = Path(os.devnull)
 
@@ -104,7 +104,7 @@ def loader_builder(
             rank=parallel.data_parallel_rank(),
             world_size=parallel.data_parallel_size(),
             drop_last=train,
-            num_items=num_items,
+            num_prompts=num_prompts,
         )
 
     return build
