@@ -11,7 +11,16 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
-from recipe_parts import SYNTHESIS, arms, controls, keys, layout, rollout_source
+from recipe_parts import (
+    SYNTHESIS,
+    arms,
+    controls,
+    data_parallel_ranks,
+    keys,
+    layout,
+    rollout_source,
+    steps_a_batch,
+)  # fmt: skip
 from transformers import AutoTokenizer
 
 from nemo_rba.algorithms.choices import check_choices, check_passes
@@ -34,7 +43,7 @@ def preflight(cfg: DictConfig) -> None:
         wrong += [f"{name}: {line}" for line in _complaint(check_arm, arm)]
     if "batch_size" in cfg.data and cfg.num_minibatches > cfg.data.batch_size:
         wrong.append(f"num_minibatches = {cfg.num_minibatches} is more than data.batch_size = {cfg.data.batch_size}")
-    _stop_if(wrong)
+    _stop_if(wrong + never_scored(cfg))
 
 
 def preflight_synthesis(cfg: DictConfig) -> None:
@@ -88,14 +97,24 @@ def uncountable(cfg: DictConfig) -> list[str]:
 
 def too_few(cfg: DictConfig) -> list[str]:
     """A dev set that leaves a data-parallel rank without an item: Lightning would let it go on, the others wait."""
-    groups = layout(cfg)
-    ranks = cfg.trainer.devices * cfg.trainer.num_nodes
-    ranks //= max(1, groups["tensor_model_parallel_size"] * groups["pipeline_model_parallel_size"])
+    ranks = data_parallel_ranks(cfg)
     sizes = {key: cfg.data.get(key) for key in ("num_dev", "dev_prompts")}
     return [
         f"data.{key} is {size}, but {ranks} data-parallel ranks share the dev set; expected an item for each"
         for key, size in sizes.items()
         if size is not None and size < ranks
+    ]
+
+
+def never_scored(cfg: DictConfig) -> list[str]:
+    """A run that ends before the dev set is read: no checkpoint would be the best."""
+    interval, batches = cfg.trainer.val_check_interval, cfg.trainer.max_steps // steps_a_batch(cfg)
+    if not isinstance(interval, int) or cfg.trainer.max_steps < 1 or interval <= batches:
+        return []
+    return [
+        f"trainer.val_check_interval is {interval} batches, but trainer.max_steps = {cfg.trainer.max_steps} are "
+        f"{batches} batches, of num_minibatches * ppo_epochs = {steps_a_batch(cfg)} steps each: no checkpoint would "
+        "ever be scored; lower the interval"
     ]
 
 

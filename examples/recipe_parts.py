@@ -22,8 +22,20 @@ PASSES = (("policy", "micro_batch_size"), ("policy", "generation_batch_size"), (
 
 
 def clips_heard(cfg: DictConfig, steps: int) -> int:
-    """Spoken prompts that so many optimiser steps ask for."""
-    return steps // (cfg.num_minibatches * cfg.ppo_epochs) * cfg.data.batch_size
+    """Spoken prompts that so many optimiser steps ask for, on all ranks."""
+    return steps // steps_a_batch(cfg) * cfg.data.batch_size * data_parallel_ranks(cfg)
+
+
+def steps_a_batch(cfg: DictConfig) -> int:
+    """Optimiser steps on the answers to one batch of prompts."""
+    return cfg.num_minibatches * cfg.ppo_epochs
+
+
+def data_parallel_ranks(cfg: DictConfig) -> int:
+    """How many models share a global batch; 0 where there are too few devices for one."""
+    groups = layout(cfg)
+    ranks = cfg.trainer.devices * cfg.trainer.num_nodes
+    return ranks // (groups["tensor_model_parallel_size"] * groups["pipeline_model_parallel_size"])
 
 
 def arms(cfg: DictConfig) -> dict[str, DictConfig]:

@@ -85,6 +85,12 @@ def test_report_shows_only_curves_that_some_arm_has(tmp_path):
     assert trained["budget"]["SFT"] == {"clips": "1,440", "time": "12 s"}
 
 
+def test_clips_are_those_of_all_ranks():
+    cfg = load("rba_8b", "model.tensor_model_parallel_size=2", "trainer.devices=8", "trainer.num_nodes=2")
+    batches = cfg.trainer.max_steps // (cfg.num_minibatches * cfg.ppo_epochs)
+    assert recipe_parts.clips_heard(cfg, cfg.trainer.max_steps) == batches * cfg.data.batch_size * 8
+
+
 def test_unknown_key_is_refused():
     with pytest.raises(Exception, match="kl_coeficient"):
         load("rba_tiny", "objective.kl_coeficient=0.1")
@@ -123,6 +129,10 @@ def test_preflight_names_everything_that_is_missing():
             "AmongOwn compares 2 or more answers to the same prompt, but rollouts.group_size is 8, 7 of them taught",
         ),
         ("trainer.devices=auto", "trainer.devices is 'auto'; expected a whole number"),
+        (
+            "trainer.val_check_interval=91",
+            "trainer.val_check_interval is 91 batches, but trainer.max_steps = 180 are 90 batches",
+        ),
         ("trainer.devices=3 data.num_dev=2", "data.num_dev is 2, but 3 data-parallel ranks share the dev set"),
         (
             "objective=dr_grpo rollouts=teacher",

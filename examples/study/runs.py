@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hydra import compose
 from omegaconf import DictConfig
+from recipe_parts import data_parallel_ranks, steps_a_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,25 +59,30 @@ def grid(study: DictConfig) -> list[Run]:
 def config(study: DictConfig, run: Run) -> DictConfig:
     """The recipe as this run wants it."""
     arm = study.arms[run.arm]
-    steps, interval = budget(study, run.prompts, run.arm)
     cfg = compose(
         study.recipe,
         overrides=[
             *study.common, f"name={study.name}", f"arm={run.arm}", f"seed={run.seed}",
-            f"+data.train_prompts={run.prompts}", f"trainer.max_steps={steps}",
-            f"trainer.val_check_interval={interval}", f"learning_rate={run.learning_rate}",
-            *arm.overrides,
+            f"+data.train_prompts={run.prompts}", f"learning_rate={run.learning_rate}", *arm.overrides,
         ],
     )  # fmt: skip
     cfg.baselines = {}  # the study has its own
     cfg.conditions = study.conditions
+    batches, interval = (batches_of(cfg, clips * arm.get("longer", 1)) for clips in _budget(study, run.prompts))
+    cfg.trainer.max_steps = batches * steps_a_batch(cfg)
+    cfg.trainer.val_check_interval = interval
     return cfg
 
 
-def budget(study: DictConfig, prompts: int, arm: str) -> tuple[int, int]:
-    """Optimiser steps of an arm, and steps between two dev scores."""
-    size, longer = study.budgets[prompts], study.arms[arm].get("longer", 1)
-    return round(size.max_steps * longer), round(size.val_check_interval * longer)
+def batches_of(cfg: DictConfig, clips: float) -> int:
+    """Batches that hear so many clips, or a few less; of as many optimiser steps each as the arm takes."""
+    return max(1, int(clips) // (cfg.data.batch_size * data_parallel_ranks(cfg)))
+
+
+def _budget(study: DictConfig, prompts: int) -> tuple[int, int]:
+    """Clips heard, and clips between two dev scores."""
+    budget = study.budgets[prompts]
+    return budget.clips, budget.dev_interval
 
 
 def dev_score(folder: Path, monitor: str) -> float:

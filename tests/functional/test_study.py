@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from study.runs import Run, choose, dev_score, grid, is_bracketed
+import recipe_parts
+from hydra import compose, initialize_config_dir
+from study.runs import Run, choose, config, dev_score, grid, is_bracketed
 
 from nemo_rba.interruption import raise_on
 
@@ -25,7 +27,7 @@ workers: 1
 name: small
 seeds: [1, 2]
 prompts: [8]
-budgets: {8: {max_steps: 2, val_check_interval: 2}}
+budgets: {8: {clips: 8, dev_interval: 4}}
 common: [data.num_train=12, data.num_dev=6, data.num_test=10, data.num_test_seen=6, data.num_test_voices=10,
   data.batch_size=4,
   num_minibatches=1, warmup_steps=1, evaluation.num_draws=50,
@@ -99,6 +101,22 @@ def test_grids_are_of_equal_size_or_refused():
 def test_a_number_of_prompts_without_a_budget_is_refused():
     with pytest.raises(ValueError, match=r"prompts has \[16\] without a budget; expected some of \[300, 1000, 5000\]"):
         grid(Plan(plan(rba=[1.0], sft=[1.0]) | {"prompts": [300, 16]}))
+
+
+def test_a_budget_is_of_clips_however_many_steps_an_arm_takes_on_them():
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        study = compose("rba_study")
+        study.arms = {
+            "two": {"overrides": [], "label": "two", "learning_rates": [1.0]},
+            "eight": {"overrides": ["num_minibatches=4", "ppo_epochs=2"], "label": "eight", "learning_rates": [1.0]},
+            "long": {"overrides": [], "label": "long", "learning_rates": [1.0], "longer": 2.5},
+        }
+        recipes = {run.arm: config(study, run) for run in grid(study) if run.prompts == 300}
+    steps = {arm: (cfg.trainer.max_steps, cfg.trainer.val_check_interval) for arm, cfg in recipes.items()}
+    assert steps == {"two": (180, 30), "eight": (720, 30), "long": (450, 75)}
+    clips = {arm: recipe_parts.clips_heard(cfg, cfg.trainer.max_steps) for arm, cfg in recipes.items()}
+    assert clips == {"two": 1440, "eight": 1440, "long": 3600}
+    assert all(cfg.schedule.total_steps == cfg.trainer.max_steps for cfg in recipes.values())
 
 
 def test_the_best_dev_score_is_chosen_and_an_edge_is_told():
