@@ -35,7 +35,7 @@ def data_parallel_ranks(cfg: DictConfig) -> int:
     """How many models share a global batch; 0 where there are too few devices for one."""
     groups = layout(cfg)
     ranks = cfg.trainer.devices * cfg.trainer.num_nodes
-    return ranks // (groups["tensor_model_parallel_size"] * groups["pipeline_model_parallel_size"])
+    return ranks // max(1, groups["tensor_model_parallel_size"] * groups["pipeline_model_parallel_size"])
 
 
 def arms(cfg: DictConfig) -> dict[str, DictConfig]:

@@ -76,7 +76,7 @@ def config(study: DictConfig, run: Run) -> DictConfig:
 
 def batches_of(cfg: DictConfig, clips: float) -> int:
     """Batches that hear so many clips, or a few less; of as many optimiser steps each as the arm takes."""
-    return max(1, int(clips) // (cfg.data.batch_size * data_parallel_ranks(cfg)))
+    return max(1, int(clips) // (cfg.data.batch_size * max(1, data_parallel_ranks(cfg))))
 
 
 def _budget(study: DictConfig, prompts: int) -> tuple[int, int]:
