@@ -108,11 +108,14 @@ def too_few(cfg: DictConfig) -> list[str]:
 
 def never_scored(cfg: DictConfig) -> list[str]:
     """A run that ends before the dev set is read: no checkpoint would be the best."""
-    interval, batches = cfg.trainer.val_check_interval, cfg.trainer.max_steps // steps_a_batch(cfg)
-    if not isinstance(interval, int) or cfg.trainer.max_steps < 1 or interval <= batches:
+    steps, interval = (cfg.trainer.get(key) for key in ("max_steps", "val_check_interval"))
+    if not isinstance(interval, int) or not steps or steps < 1:  # nothing is trained, or without end
+        return []
+    batches = steps // steps_a_batch(cfg)
+    if interval <= batches:
         return []
     return [
-        f"trainer.val_check_interval is {interval} batches, but trainer.max_steps = {cfg.trainer.max_steps} are "
+        f"trainer.val_check_interval is {interval} batches, but trainer.max_steps = {steps} are "
         f"{batches} batches, of num_minibatches * ppo_epochs = {steps_a_batch(cfg)} steps each: no checkpoint would "
         "ever be scored; lower the interval"
     ]
