@@ -20,7 +20,7 @@ from recipe_parts import (
     layout,
     rollout_source,
     steps_a_batch,
-)  # fmt: skip
+)
 from transformers import AutoTokenizer
 
 from nemo_rba.algorithms.choices import check_choices, check_passes

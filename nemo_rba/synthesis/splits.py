@@ -86,7 +86,7 @@ def check_splits(
         if split.size < 0 or split.instructions_of not in by_name:
             raise ValueError(f"split {split.name}: size {split.size}, instructions_of {split.instructions_of!r}; "
                              f"expected a size of at least 0 and one of {sorted(by_name)}")  # fmt: skip
-        if split.recordings != EVERY_VOICE and not (isinstance(split.recordings, int) and split.recordings >= 1):
+        if split.recordings != EVERY_VOICE and not (type(split.recordings) is int and split.recordings >= 1):
             raise ValueError(f"split {split.name}: recordings {split.recordings!r}; expected how many of each "
                              f"instruction, at least 1, or {EVERY_VOICE}")  # fmt: skip
         if split.num_responses < 1 or (split.num_responses > 1 and response_params.temperature == 0):

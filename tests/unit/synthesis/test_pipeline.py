@@ -276,7 +276,7 @@ def test_each_instruction_is_recorded_by_several_speakers(tmp_path):
     assert card["splits"]["train"]["clips"] == 30
 
 
-@pytest.mark.parametrize("recordings", [0, "two", 1.5])
+@pytest.mark.parametrize("recordings", [0, "two", 1.5, True])
 def test_a_number_of_recordings_that_is_none_is_refused(tmp_path, recordings):
     with pytest.raises(ValueError, match=rf"split train: recordings {recordings!r}; expected how many of each"):
         build(tmp_path, splits=make_splits(FakeTTS(["a", "b"]), train={"recordings": recordings}))
