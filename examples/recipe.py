@@ -152,6 +152,7 @@ def align(cfg: DictConfig, data: Path, folder: Path, arm: str) -> None:
         ),
         validation_params=instantiate(cfg.validation),
         validation_task=validation_task(cfg),
+        validation_typed=cfg.get("validation_typed", False),
         num_minibatches=cfg.num_minibatches,
         ppo_epochs=cfg.ppo_epochs,
         seed=cfg.seed,

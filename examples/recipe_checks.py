@@ -43,7 +43,7 @@ def preflight(cfg: DictConfig) -> None:
         wrong += [f"{name}: {line}" for line in _complaint(check_arm, arm)]
     if "batch_size" in cfg.data and cfg.num_minibatches > cfg.data.batch_size:
         wrong.append(f"num_minibatches = {cfg.num_minibatches} is more than data.batch_size = {cfg.data.batch_size}")
-    _stop_if(wrong + never_scored(cfg))
+    _stop_if(wrong + never_scored(cfg) + never_read(cfg))
 
 
 def preflight_synthesis(cfg: DictConfig) -> None:
@@ -118,6 +118,17 @@ def never_scored(cfg: DictConfig) -> list[str]:
         f"trainer.val_check_interval is {interval} batches, but trainer.max_steps = {steps} are "
         f"{batches} batches, of num_minibatches * ppo_epochs = {steps_a_batch(cfg)} steps each: no checkpoint would "
         "ever be scored; lower the interval"
+    ]
+
+
+def never_read(cfg: DictConfig) -> list[str]:
+    """A checkpoint to be chosen by how the student reads, where nobody asks it to."""
+    monitor = OmegaConf.select(cfg, "exp_manager.checkpoint_callback_params.monitor") or ""
+    if cfg.get("validation_typed") or not monitor.startswith(("val/typed/", "val/both/")):
+        return []
+    return [
+        f"exp_manager.checkpoint_callback_params.monitor is {monitor}, of dev prompts that are read, but "
+        "validation_typed is not true; set it, or monitor val/reward"
     ]
 
 
@@ -202,6 +213,6 @@ def unfit(cfg: Container, path: str = "") -> list[str]:
 def _complaint(check: Callable, *args) -> list[str]:
     try:
         check(*args)
-    except (ValueError, InstantiationException) as error:
+    except (ValueError, TypeError, InstantiationException) as error:  # TypeError: what a ``_partial_`` one still lacks
         return [str(error)]
     return []

@@ -41,6 +41,7 @@ from nemo_rba.types import Instruction
 PANELS = {
     "Reward": "reward/mean",
     "Dev: gap closed": "val/gap_closed",
+    "Dev, read: reward": "val/typed/reward",
     "KL to the start model": "kl/reference",
     "KL coefficient": "kl/coefficient",
     "Entropy": "entropy",

@@ -13,10 +13,14 @@ SYNTHESIS = ("teacher", "synthesis")  # what each stage's result depends on
 OWN = ("kl_controller", "importance", "representation")  # optional, and for a loss on own answers
 ALIGNMENT = (
     "model", "teacher", "rollouts", "reward", "advantage", "objective", "policy", "schedule", "num_minibatches",
-    "ppo_epochs", "data", "trainer", "validation", "validation_task", "seed", *OWN,
+    "ppo_epochs", "data", "trainer", "validation", "validation_task",
+    "validation_typed", "seed", *OWN,
 )  # fmt: skip
 EVALUATION = ("model", "teacher", "evaluation", "conditions", "data", "seed", "name")
-LABELS = {"rba": "RBA", "sft": "SFT", "distillation": "SFT", "forward_kl": "Forward KL", "reverse_kl": "Reverse KL"}
+LABELS = {
+    "rba": "RBA", "rba_judged": "RBA", "sft": "SFT", "distillation": "SFT", "forward_kl": "Forward KL",
+    "reverse_kl": "Reverse KL",
+}  # fmt: skip
 BORNE = ("max_batches", "allow_fewer", "on_change", "max_failed_share", "language")  # of self-synthesis
 PASSES = (("policy", "micro_batch_size"), ("policy", "generation_batch_size"), ("policy", "recompute"))
 

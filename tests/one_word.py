@@ -132,7 +132,7 @@ def constant_rate():
 
 def make(
     objective, source=None, advantage=None, teacher=None, num_minibatches=1, ppo_epochs=1, importance=None,
-    representation=None, schedule=None, **steering,
+    representation=None, schedule=None, validation_typed=False, **steering,
 ):  # fmt: skip
     module = RBAAlignment(
         build_model=None, build_policy=None, build_loader=None, build_validation_loader=None, teacher=teacher,
@@ -141,7 +141,7 @@ def make(
         objective=objective, controls=Controls(schedule=schedule or constant_rate(), **steering), importance=importance,
         validation_params=SamplingParams(max_new_tokens=2), num_minibatches=num_minibatches,
         ppo_epochs=ppo_epochs, seed=3,
-        representation=representation,
+        representation=representation, validation_typed=validation_typed,
     )  # fmt: skip
     module.model = SimpleNamespace(prompt=FakePrompt())
     module._policy.append(FakePolicy())

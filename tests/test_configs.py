@@ -110,11 +110,12 @@ def test_preflight_names_everything_that_is_missing():
     ("override", "expected"),
     [
         ("+reward.parts.chrf.wieght=1", "reward.parts.chrf: nemo_rba.rewards.text.ChrF"),
-        ("~rollouts.top_p", "missing a required argument: 'top_p'"),
+        ("rollouts=policy ~rollouts.top_p", "missing a required argument: 'top_p'"),
+        ("~rollouts.top_p", "FreshMixedRollouts.__init__() missing 1 required keyword-only argument: 'top_p'"),
         ("reward.parts.exact._target_=nemo_rba.rewards.text.Exakt", "Exakt"),
-        ("rollouts.group_size=1", "rollouts.group_size is 1"),
+        ("rollouts=policy rollouts.group_size=1", "rollouts.group_size is 1"),
         ("trainer.max_steps=5", "total_steps must be above warmup_steps"),
-        ("objective.kl_coefficient=0 kl_controller=adaptive", "coefficient must be above 0"),
+        ("kl_controller=adaptive", "coefficient must be above 0"),
         ("num_minibatches=1 schedule=kl_adaptive", "follows the KL between the first and the later updates"),
         ("objective=minimum_risk importance=masked", "MaskedImportance weighs the tokens of a policy gradient"),
         ("model.folder=nowhere", "model.folder = nowhere"),
@@ -133,6 +134,7 @@ def test_preflight_names_everything_that_is_missing():
             "trainer.val_check_interval=91",
             "trainer.val_check_interval is 91 batches, but trainer.max_steps = 180 are 90 batches",
         ),
+        ("validation_typed=false", "monitor is val/both/reward, of dev prompts that are read, but"),
         ("trainer.devices=3 data.num_dev=2", "data.num_dev is 2, but 3 data-parallel ranks share the dev set"),
         (
             "objective=dr_grpo rollouts=teacher",
@@ -154,9 +156,9 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_its_instructions_are_
     one, other = list(words)[-2:]
     words[one], words[other] = words[other], words[one]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokens))
-    with pytest.raises(SystemExit, match="rba: teacher and student differ in 2 of"):
+    with pytest.raises(SystemExit, match="rba_judged: teacher and student differ in 2 of"):
         recipe_checks.preflight(load("rba_tiny", f"teacher.path={tmp_path}"))
-    judged_by_no_token = ["objective.dense_weight=0", "~baselines.forward_kl"]
+    judged_by_no_token = ["objective=rba", "objective.dense_weight=0", "~baselines.forward_kl"]
     recipe_checks.preflight(load("rba_tiny", f"teacher.path={tmp_path}", *judged_by_no_token))
 
 
@@ -164,13 +166,13 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_its_instructions_are_
     "overrides",
     [
         [],
-        ["kl_controller=adaptive", "schedule=kl_adaptive", "importance=truncated"],
-        ["importance=masked", "objective=gspo", "watcher.min_entropy=null"],
+        ["rollouts=policy", "objective=rba"],
+        ["rollouts=policy", "objective=rba", "kl_controller=adaptive", "schedule=kl_adaptive", "importance=truncated"],
+        ["rollouts=policy", "importance=masked", "objective=gspo", "watcher.min_entropy=null"],
         ["objective=distillation", "rollouts=teacher"],
         ["rollouts=mixed", "advantage=group_normalized"],
-        ["rollouts=mixed_fresh", "objective=rba_judged"],
-        ["rollouts=mixed_fresh", "objective=rba_judged", "advantage=among_own"],
-        ["rollouts=mixed_fresh", "objective=rba_judged", "advantage=none"],
+        ["advantage=among_own"],
+        ["advantage=none"],
         ["rollouts=mixed", "rollouts.group_size=2", "objective=dpo", "reward=spin", "advantage=group_centred"],
         ["rollouts=resampled", "objective=dr_grpo"],
     ],
@@ -181,7 +183,7 @@ def test_preflight_lets_choices_pass_that_go_together(overrides):
     main, *rivals = recipe_parts.arms(cfg).values()
     assert ("importance" in main) == any("importance" in override for override in overrides)
     assert not any("importance" in rival or "kl_controller" in rival for rival in rivals)
-    assert all(rival.schedule.peak == 2e-4 for rival in rivals), "the rivals keep their schedule"
+    assert all(rival.schedule.peak == 4e-4 for rival in rivals), "the rivals keep their schedule"
 
 
 @pytest.mark.parametrize("arm", load("rba_study").arms)
@@ -190,7 +192,8 @@ def test_preflight_lets_every_arm_of_the_study_pass(arm):
     with initialize_config_dir(str(CONF), version_base=None):
         cfg = config(study, Run(arm=arm, prompts=300, learning_rate=1e-4, seed=1))
     recipe_checks.preflight(cfg)
-    assert cfg.exp_manager.checkpoint_callback_params.monitor == "val/obeys"
+    assert cfg.exp_manager.checkpoint_callback_params.monitor == "val/both/obeys"
+    assert cfg.validation_typed
     assert "obeys" in cfg.reward.parts, "what every arm is chosen by"
 
 

@@ -35,9 +35,10 @@ SHARES = {
 
 
 def recipe_config() -> DictConfig:
-    """The tiny recipe's config, with paths that work from anywhere."""
+    """The tiny recipe's config, the student answering alone, with paths that work from anywhere."""
+    own = ["rollouts=policy", "objective=rba"]
     with initialize_config_dir(str(TINY.parents[1] / "conf"), version_base=None):
-        return compose("rba_tiny", [f"model.folder={TINY / 'salm'}", f"teacher.path={TINY / 'teacher'}"])
+        return compose("rba_tiny", [*own, f"model.folder={TINY / 'salm'}", f"teacher.path={TINY / 'teacher'}"])
 
 
 # ---- the update ----------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from nemo_rba.algorithms.importance import Importance
 from nemo_rba.algorithms.kl_reward import is_priced, kl_price
 from nemo_rba.algorithms.representation import RepresentationLoss, RepresentationReward
 from nemo_rba.algorithms.rollout import Answers, TeacherRollouts, respond
+from nemo_rba.data.prompt import typed_batch
 from nemo_rba.distributed.parallel import data_parallel_lists, data_parallel_mean, data_parallel_rank, data_parallel_sum
 from nemo_rba.functional import group_is_constant
 from nemo_rba.protocols import (
@@ -65,6 +66,8 @@ class RBAAlignment(LightningModule):
         build_validation_loader: likewise the dev batches.
         validation_params: how the student answers them.
         validation_task: measures these answers as the evaluation does, ``val/task/...``, beside the reward; or None.
+        validation_typed: the dev prompts are read as well, ``val/typed/...``: what a run forgets on text;
+            ``val/both/...`` is the mean of heard and read.
         num_minibatches: optimiser steps of one pass over a batch of rollouts.
         ppo_epochs: passes over it; from the second step on the answers are an earlier policy's, as the ratio knows.
         seed: of the sampling.
@@ -78,6 +81,7 @@ class RBAAlignment(LightningModule):
         importance: Importance | None = None,
         representation: RepresentationReward | RepresentationLoss | None = None,
         validation_task: EvalTask | None = None,
+        validation_typed: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -94,6 +98,7 @@ class RBAAlignment(LightningModule):
         self.num_minibatches, self.ppo_epochs = num_minibatches, ppo_epochs
         self.importance, self.representation = importance, representation
         self.validation_params, self.validation_task = validation_params, validation_task
+        self.validation_typed = validation_typed
         self._teacher = [teacher]  # in a list, and the policy in another: not modules of ours, not in our checkpoints
         self._policy: list[Policy] = []
         self._builders = (build_model, build_policy, build_loader, build_validation_loader)
@@ -223,12 +228,20 @@ class RBAAlignment(LightningModule):
         self.controls.watch(metrics)
 
     def validation_step(self, batch: SpeechBatch, batch_idx: int) -> None:
+        rollouts, scores = self._dev_answered(batch, "val/")
+        if self.validation_typed:
+            _, read = self._dev_answered(typed_batch(batch, self.model.prompt), "val/typed/")
+            heard = {name: scores[name.replace("typed/", "", 1)] for name in read}
+            scores |= read | {name.replace("typed", "both", 1): (heard[name] + read[name]) / 2 for name in read}
+        teacher_rewards, _ = self.reward.score(TeacherRollouts()(self.policy, batch, seed=0))
+        self._validation.append(scores | {"val/teacher": teacher_rewards})
+        self._dev_answers += rollouts if self.validation_task is not None else []
+
+    def _dev_answered(self, batch: SpeechBatch, prefix: str) -> tuple[list[Rollout], dict[str, Tensor]]:
+        """The student's answers, and their reward and its parts (B,), named with the prefix."""
         rollouts = self.policy.generate(batch, group_size=1, params=self.validation_params)
         rewards, parts = self.reward.score(rollouts)
-        teacher_rewards, _ = self.reward.score(TeacherRollouts()(self.policy, batch, seed=0))
-        scores = {"val/reward": rewards, "val/teacher": teacher_rewards}
-        self._validation.append(scores | {f"val/{name}": values for name, values in parts.items()})
-        self._dev_answers += rollouts if self.validation_task is not None else []
+        return rollouts, {f"{prefix}{name}": values for name, values in {"reward": rewards, **parts}.items()}
 
     def on_validation_epoch_end(self) -> None:
         scores = self._dev_scores() | self._task_scores()
@@ -244,7 +257,8 @@ class RBAAlignment(LightningModule):
 
     def _dev_scores(self) -> Metrics:
         """Mean over the dev set of every reward, over the items of all data-parallel ranks."""
-        names = ["val/reward", "val/teacher", *(f"val/{name}" for name in self.reward.names())]
+        asked = ["val/", "val/typed/", "val/both/"] if self.validation_typed else ["val/"]
+        names = ["val/teacher", *(f"{prefix}{name}" for prefix in asked for name in ("reward", *self.reward.names()))]
         sums = [sum(batch[name].double().sum() for batch in self._validation) for name in names]
         count = sum(len(batch["val/reward"]) for batch in self._validation)
         self._validation.clear()

@@ -43,7 +43,7 @@ def run(tmp_path_factory):
     """The main job: stopped by Ctrl-C in its alignment, killed in it, and started again, now as two processes."""
     folder = tmp_path_factory.mktemp("story")
     arguments = ["--config-name=rba_tiny", f"output={folder}", *SHORT]
-    checkpoints = folder / "align_rba" / "lightning" / "checkpoints"
+    checkpoints = folder / "align_rba_judged" / "lightning" / "checkpoints"
 
     def begin(name: str, known: set[Path]) -> tuple[BaseProcess, Path]:
         """The job, as soon as it has saved something new in its alignment."""
@@ -57,7 +57,7 @@ def run(tmp_path_factory):
     process, log = begin("first", set())
     os.kill(process.pid, signal.SIGINT)
     status, output = finish(process, log)
-    (stopped,) = re.findall(r"rba: stopped at step (\d+) of 12; run again to go on", output)
+    (stopped,) = re.findall(r"rba_judged: stopped at step (\d+) of 12; run again to go on", output)
     assert status == 1, output[-3000:]
     (last,) = checkpoints.glob("*-last")
     assert torch.load(last / "lightning.pt", weights_only=False)["global_step"] == int(stopped)
@@ -72,14 +72,15 @@ def run(tmp_path_factory):
 def test_it_goes_on_after_a_kill(run):
     folder, output = run
     assert "stage synthesis: skipped" in output
-    assert "stage align_rba: continued after an interruption" in output
+    assert "stage align_rba_judged: continued after an interruption" in output
     assert "Restored all states from the checkpoint" in output
-    steps = [json.loads(line)["step"] for line in (folder / "align_rba" / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "align_rba_judged" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert sorted(set(steps)) == list(range(13))
 
 
 def test_reward_rises_and_logprobs_agree(run):
-    lines = [json.loads(line) for line in (run[0] / "align_rba" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run[0] / "align_rba_judged" / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "reward/mean" in line]
     dev = [line["val/reward"] for line in lines if "val/reward" in line]
     assert max(line["health/logprob_error"] for line in train) < 1e-4
@@ -88,11 +89,15 @@ def test_reward_rises_and_logprobs_agree(run):
 
 
 def test_dev_answers_are_measured_as_in_the_report(run):
-    for arm, processes in (("rba", "one, then two"), ("sft", "two")):
+    for arm, processes in (("rba_judged", "one, then two"), ("sft", "two")):
         lines = map(json.loads, (run[0] / f"align_{arm}" / "metrics.jsonl").read_text().splitlines())
-        dev = [(line["val/task/score"], 100 * line["val/obeys"]) for line in lines if "val/obeys" in line]
+        dev = [line for line in lines if "val/obeys" in line]
         assert len(dev) >= 5
-        assert [score for score, _ in dev] == pytest.approx([obeyed for _, obeyed in dev]), processes
+        for line in dev:
+            assert line["val/task/score"] == pytest.approx(100 * line["val/obeys"]), processes
+            assert line["val/typed/obeys"] > line["val/obeys"], "the start model obeys better what it reads"
+            both = (line["val/typed/obeys"] + line["val/obeys"]) / 2
+            assert line["val/both/obeys"] == pytest.approx(both), processes
 
 
 def test_report_and_data_are_complete(run):
@@ -103,7 +108,7 @@ def test_report_and_data_are_complete(run):
     assert "RBA" in results["headline"][0]
     for name in ("card.json", "counts.json", "dropped.jsonl"):
         assert (folder / "synthesis" / name).is_file()
-    for arm in ("rba", "sft", "forward_kl"):
+    for arm in ("rba_judged", "sft", "forward_kl"):
         assert (folder / f"align_{arm}" / f"{arm}.nemo").is_file()
 
 
@@ -116,7 +121,7 @@ def commands(run):
     voice = EspeakTTS(voices=["en-us"], rates=[160], pitches=[50], sampling_rate=44100)
     audio = voice.synthesize(["what is the capital of france"], voice.speakers)[0].numpy()
     soundfile.write(folder / "question.wav", np.stack((audio, audio), 1), 44100)
-    model, dev = f"model={folder / 'align_rba' / 'rba.nemo'}", folder / "synthesis" / "dev"
+    model, dev = f"model={folder / 'align_rba_judged' / 'rba_judged.nemo'}", folder / "synthesis" / "dev"
     lines = {
         "again": ("rba_align.py", "--config-name=rba_tiny", f"output={folder}", *SHORT),
         "evaluate": (
@@ -140,7 +145,7 @@ def commands(run):
 def test_a_second_run_does_nothing(commands):
     status, output = commands["again"]
     assert status == 0, output[-3000:]
-    for stage in ("synthesis", "align_rba", "align_sft", "align_forward_kl", "report"):
+    for stage in ("synthesis", "align_rba_judged", "align_sft", "align_forward_kl", "report"):
         assert f"stage {stage}: skipped" in output
 
 

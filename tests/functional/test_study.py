@@ -40,7 +40,7 @@ conditions:
       color: pink, peak_min: 0.3, peak_max: 0.9, seed: "${seed}"}
   typed: {split: test, typed: true}
 arms:
-  rba: {label: RBA, learning_rates: [2.0e-4], overrides: [rollouts.group_size=2]}
+  rba: {label: RBA, learning_rates: [2.0e-4], overrides: [rollouts.group_size=2, rollouts.num_taught=1]}
   fresh:
     label: SFT, fresh
     learning_rates: [1.0e-4]

@@ -21,6 +21,7 @@ from nemo_rba.algorithms.strategy import MegatronStrategy
 from nemo_rba.algorithms.watcher import StopOnCollapse
 from nemo_rba.rewards.mixture import RewardMixture
 from nemo_rba.rewards.teacher import TeacherLikelihood
+from nemo_rba.types import Rollout
 
 
 def test_reinforcement_raises_the_reward():
@@ -299,3 +300,21 @@ def test_the_sampled_token_is_the_last_candidate_where_a_loss_wants_both():
     assert batch.teacher_topk_ids.shape == (16, 2, 2)
     assert (batch.teacher_topk_ids[..., 0] == torch.tensor([0, 2])).all(), "the teacher's likeliest"
     assert torch.equal(batch.teacher_topk_ids[..., 1], batch.response_ids)
+
+
+def test_dev_prompts_are_heard_and_read():
+    """As one who has learned to say yes by ear, and forgotten it as a reader."""
+    module, _ = make(clipped(), validation_typed=True)
+    module.policy.generate = lambda batch, **_: [
+        Rollout(
+            prompt_index=n, instruction=instruction, response=["yes", "no"][batch.is_typed and n > 0],
+            token_ids=torch.tensor([0, 2]), truncated=False, logprobs=torch.zeros(2),
+        )
+        for n, instruction in enumerate(batch.instructions)
+    ]  # fmt: skip
+    module.validation_step(speech_batch(), 0)
+    module.validation_step(speech_batch(num_prompts=1), 1)
+    assert module._dev_scores() == {
+        "val/teacher": 1.0, "val/reward": 1.0, "val/yes": 1.0, "val/typed/reward": 0.4, "val/typed/yes": 0.4,
+        "val/both/reward": 0.7, "val/both/yes": 0.7,
+    }  # fmt: skip

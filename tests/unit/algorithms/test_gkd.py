@@ -166,5 +166,5 @@ def test_recipes_choose_it_for_distillation(rollouts):
     recipe_checks.preflight(load("rba_tiny", *chosen, "objective=jsd", "advantage=none"))
     source = recipe_parts.rollout_source(load("rba_tiny", *chosen), Writes())
     assert (source.share, source.group_size, source.on_policy) == (0.25, 1, False)
-    with pytest.raises(SystemExit, match=r"ClippedPolicyLoss is a policy gradient, and with rollouts\.share 0\.25"):
+    with pytest.raises(SystemExit, match=r"JudgedPolicyLoss is a policy gradient, and with rollouts\.share 0\.25"):
         recipe_checks.preflight(load("rba_tiny", *chosen))

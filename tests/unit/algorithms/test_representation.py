@@ -251,7 +251,8 @@ def test_what_it_could_not_change_is_refused():
 
 
 def test_recipes_choose_it_for_the_main_arm_alone():
-    plain, chosen = load("rba_tiny"), load("rba_tiny", "representation=cosine", "representation.layers=[1,2]")
+    own = ["rollouts=policy", "representation=cosine"]
+    plain, chosen = load("rba_tiny"), load("rba_tiny", *own, "representation.layers=[1,2]")
     assert "representation" not in recipe_parts.keys(plain, recipe_parts.ALIGNMENT), (
         "runs without it are what they were"
     )
@@ -263,6 +264,6 @@ def test_recipes_choose_it_for_the_main_arm_alone():
     for arm in (main, *rivals):
         recipe_checks.check_arm(arm)
     weights = "advantage.weights={obeys:1.0,chrf:0.3,exact:0.2,representation:0.5}"
-    recipe_checks.check_arm(load("rba_tiny", "representation=cosine", "advantage=per_reward_normalized", weights))
+    recipe_checks.check_arm(load("rba_tiny", *own, "advantage=per_reward_normalized", weights))
     with pytest.raises(ValueError, match="ForwardKLLoss takes none"):
         recipe_checks.check_arm(load("rba_tiny", "representation=cosine", "objective=forward_kl", "rollouts=teacher"))
