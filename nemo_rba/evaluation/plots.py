@@ -228,10 +228,20 @@ def curves_figure(curves: TrainingCurves, roles: Roles) -> bytes:
         for axes in grid[max(0, len(curves.panels) - columns) : len(curves.panels)]:
             axes.set_xlabel(curves.step)
         handles = [Line2D([], [], color=_colour(x, roles), linewidth=2.2, label=x) for x in curves.runs]
-        figure.legend(
-            handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, labelcolor="linecolor"
-        )
+        _legend_above(figure, handles)
         return _png(figure)
+
+
+def _legend_above(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """A legend in as few rows as the figure has room for."""
+    for num_rows in range(1, len(handles) + 1):
+        legend = figure.legend(
+            handles=handles, loc="outside upper left", ncols=-(-len(handles) // num_rows), frameon=False,
+            labelcolor="linecolor",
+        )  # fmt: skip
+        if legend.get_window_extent().width <= figure.bbox.width or num_rows == len(handles):
+            return
+        legend.remove()
 
 
 def _curve(axes: Axes, curves: TrainingCurves, label: str, column: str, colour: str) -> bool:

@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import synthetic_study as synthetic
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from nemo_rba.evaluation.plots import TrainingCurves, read_curve
+from nemo_rba.evaluation.plots import TrainingCurves, _legend_above, read_curve
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles, summarise
 
@@ -186,3 +188,15 @@ def test_curves_are_read_from_csv_with_holes_and_json_lines(tmp_path):
     missing = TrainingCurves(runs=curves.runs, panels={"Nothing": "nothing/at-all"}, step="step")
     with pytest.raises(ValueError, match=r"'nothing/at-all' of panel 'Nothing'.*report\.curves\.panels"):
         make_report(tmp_path, synthetic.make_predictions(20), curves=missing)
+
+
+@pytest.mark.parametrize(
+    ("label", "num_rows"), [("SFT", 1), ("some forty letters, all of them in a row", 3), ("x" * 400, 5)]
+)
+def test_a_legend_takes_as_many_rows_as_its_names_need(label, num_rows):
+    figure = Figure(figsize=(9.2, 3.0), layout="constrained")
+    figure.subplots()
+    _legend_above(figure, [Line2D([], [], label=label) for _ in range(5)])
+    (legend,) = figure.legends
+    assert legend._ncols == -(-5 // num_rows)
+    assert num_rows == 5 or legend.get_window_extent().width <= figure.bbox.width
