@@ -23,7 +23,8 @@ ACTIVATION_TOLERANCE = 0.02
 TINY = [
     "--config-name=rba_tiny", "trainer.devices=1", f"data.batch_size={B}", f"data.validation_batch_size={B}",
     f"policy.micro_batch_size={B}", f"rollouts.group_size={G}", f"rollouts.max_new_tokens={T}", "num_minibatches=1",
-    "validation.max_new_tokens=8", "data.max_duration_seconds=2.0", "plan.prompt_tokens=7",
+    "validation.max_new_tokens=8", "data.max_duration_seconds=2.0", "plan.prompt_tokens=7", "rollouts=policy",
+    "objective=rba",
 ]  # fmt: skip
 SPREAD = ["trainer.devices=4", "model.tensor_model_parallel_size=2"]
 TP2_PP2 = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2", "data.batch_size=32"]
@@ -33,6 +34,7 @@ EIGHT_BILLION = {
     "8b_tp2_pp2": ["--config-name=rba_8b", *TP2_PP2],
     "8b_forward_kl": ["--config-name=rba_8b", *AS_RIVAL, "objective=forward_kl"],
     "8b_sft": ["--config-name=rba_8b", *AS_RIVAL, "objective=distillation"],
+    "8b_mixed": ["--config-name=rba_8b", "rollouts=mixed_fresh", "objective=rba_judged"],
     "8b_2_nodes": ["--config-name=rba_8b", "trainer.num_nodes=2", "data.batch_size=16"],
     "8b_lora": ["--config-name=rba_8b_lora"],
     "8b_lora_tp2_pp2": ["--config-name=rba_8b_lora", *TP2_PP2],

@@ -18,6 +18,7 @@ OPENAI = [
     r"teacher.pre_query='<|im_start|>user\n'",
     "teacher.stop='<|im_end|>'",
 ]
+BY_REWARD_ALONE = ["rollouts=policy", "objective=rba", "objective.dense_weight=0", "~baselines.forward_kl"]
 CHOICES = {
     "openai": (OPENAI, "org/m"),
     "self": (["teacher=self", "model.folder=examples/tiny/salm"], "examples/tiny/salm"),
@@ -37,7 +38,7 @@ def load(name: str, *overrides: str) -> DictConfig:
 def test_every_teacher_goes_with_every_recipe(monkeypatch, name, choice):
     monkeypatch.chdir(ROOT)
     overrides, named = CHOICES[choice]
-    cfg = load(name, *overrides, "objective.dense_weight=0", "~baselines.forward_kl")
+    cfg = load(name, *overrides, *BY_REWARD_ALONE)
     objective = instantiate(cfg.objective)
     assert not objective.needs_teacher, "a server does not judge"
     assert cfg.synthesis.teacher_name == named
