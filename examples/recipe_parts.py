@@ -13,8 +13,8 @@ SYNTHESIS = ("teacher", "synthesis")  # what each stage's result depends on
 OWN = ("kl_controller", "importance", "representation")  # optional, and for a loss on own answers
 ALIGNMENT = (
     "model", "teacher", "rollouts", "reward", "advantage", "objective", "policy", "schedule", "num_minibatches",
-    "ppo_epochs", "data", "trainer", "validation", "validation_task",
-    "validation_typed", "seed", *OWN,
+    "ppo_epochs", "data", "trainer", "validation", "validation_task", "validation_typed", "seed",
+    *OWN,
 )  # fmt: skip
 EVALUATION = ("model", "teacher", "evaluation", "conditions", "data", "seed", "name")
 LABELS = {
