@@ -122,13 +122,14 @@ def never_scored(cfg: DictConfig) -> list[str]:
 
 
 def never_read(cfg: DictConfig) -> list[str]:
-    """A checkpoint to be chosen by how the student reads, where nobody asks it to."""
-    monitor = OmegaConf.select(cfg, "exp_manager.checkpoint_callback_params.monitor") or ""
-    if cfg.get("validation_typed") or not monitor.startswith(("val/typed/", "val/both/")):
-        return []
+    """A checkpoint to be chosen, or a run to be stopped, by how the student reads, where nobody asks it to."""
+    names = [f"exp_manager.{callback}_callback_params.monitor" for callback in ("checkpoint", "early_stopping")]
+    monitors = {key: OmegaConf.select(cfg, key) or "" for key in names}
     return [
-        f"exp_manager.checkpoint_callback_params.monitor is {monitor}, of dev prompts that are read, but "
-        "validation_typed is not true; set it, or monitor val/reward"
+        f"{key} is {monitor}, of dev prompts that are read, but validation_typed is not true; set it, or monitor "
+        "val/reward"
+        for key, monitor in monitors.items()
+        if not cfg.get("validation_typed") and monitor.startswith(("val/typed/", "val/both/"))
     ]
 
 

@@ -135,6 +135,10 @@ def test_preflight_names_everything_that_is_missing():
             "trainer.val_check_interval is 91 batches, but trainer.max_steps = 180 are 90 batches",
         ),
         ("validation_typed=false", "monitor is val/both/reward, of dev prompts that are read, but"),
+        (
+            "validation_typed=false +exp_manager.early_stopping_callback_params.monitor=val/both/reward",
+            "exp_manager.early_stopping_callback_params.monitor is val/both/reward, of dev prompts that are read, but",
+        ),
         ("trainer.devices=3 data.num_dev=2", "data.num_dev is 2, but 3 data-parallel ranks share the dev set"),
         (
             "objective=dr_grpo rollouts=teacher",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from recipe_parts import data_parallel_ranks, steps_a_batch
 
 
@@ -57,26 +57,35 @@ def grid(study: DictConfig) -> list[Run]:
 
 
 def config(study: DictConfig, run: Run) -> DictConfig:
-    """The recipe as this run wants it."""
+    """The recipe as this run wants it.
+
+    Where every prompt is heard once, an arm that hears more clips has more prompts, as far as the pool goes: else it
+    would not differ in its clips alone.
+    """
     arm = study.arms[run.arm]
+    longer = arm.get("longer", 1)
+    clips, interval = (int(number * longer) for number in _budget(study, run.prompts))
+    prompts = clips if study.budgets[run.prompts].clips == run.prompts else run.prompts
     cfg = compose(
         study.recipe,
         overrides=[
             *study.common, f"name={study.name}", f"arm={run.arm}", f"seed={run.seed}",
-            f"+data.train_prompts={run.prompts}", f"learning_rate={run.learning_rate}", *arm.overrides,
+            f"learning_rate={run.learning_rate}", *arm.overrides,
         ],
     )  # fmt: skip
+    with open_dict(cfg):
+        cfg.data.train_prompts = min(prompts, cfg.data.num_train)
     cfg.baselines = {}  # the study has its own
     cfg.conditions = study.conditions
-    batches, interval = (batches_of(cfg, clips * arm.get("longer", 1)) for clips in _budget(study, run.prompts))
+    batches, interval = batches_of(cfg, clips), batches_of(cfg, interval)
     cfg.trainer.max_steps = batches * steps_a_batch(cfg)
     cfg.trainer.val_check_interval = interval
     return cfg
 
 
-def batches_of(cfg: DictConfig, clips: float) -> int:
+def batches_of(cfg: DictConfig, clips: int) -> int:
     """Batches that hear so many clips, or a few less; of as many optimiser steps each as the arm takes."""
-    return max(1, int(clips) // (cfg.data.batch_size * max(1, data_parallel_ranks(cfg))))
+    return max(1, clips // (cfg.data.batch_size * max(1, data_parallel_ranks(cfg))))
 
 
 def _budget(study: DictConfig, prompts: int) -> tuple[int, int]:

@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study's results: a report for each number of prompts, and one table and one picture over all of them."""
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure as Canvas
 from omegaconf import DictConfig
 from recipe_identity import identity
 from recipe_parts import clips_heard
 
-from nemo_rba.evaluation import plots
 from nemo_rba.evaluation.conditions import HeldOut
 from nemo_rba.evaluation.document import Bullets, Figure, Heading, Paragraph, Table, write_document
 from nemo_rba.evaluation.plots import TrainingCurves
 from nemo_rba.evaluation.report import write_report
 from nemo_rba.evaluation.results import Roles
 from nemo_rba.evaluation.runner import Prediction
+from study.picture import draw_study
 from study.runs import Run, config, is_bracketed
 
 FIXED = {"teacher": "Teacher reads the text (T)", "cascade": "Cascade", "start": "Start (S0)"}
@@ -45,7 +42,7 @@ def write_study(study: Study, folder: Callable[[DictConfig, Run], Path]) -> None
     blocks = [
         *(Paragraph(f"{size} prompts. {line}", is_lead=True) for size, r in results.items() for line in r["headline"]),
         Heading("How much of the modality gap was closed"),
-        Figure("sizes", _picture(results, list(labels.values())), _caption(study)),
+        Figure("arms", draw_study(results, list(labels.values())), _caption(study)),
         *(_table(size, result, labels.values()) for size, result in results.items()),
         Heading(f"Learning rates: 100 x {_monitor(study)} on dev of each; the chosen one is marked"),
         *(_grid(study, int(size)) for size in results),
@@ -103,10 +100,6 @@ def _monitor(study: Study) -> str:
     return study.recipe.exp_manager.checkpoint_callback_params.monitor
 
 
-def _closed(result: dict, label: str) -> dict:
-    return result["conditions"][0]["whole"]["gap_closed"][label]
-
-
 def _table(size: str, result: dict, labels: Sequence[str]) -> Table:
     """One row an arm: its budget, the gap closed in the first condition and its kinds, and what else was asked."""
     first, *others = result["conditions"]
@@ -137,29 +130,6 @@ def _interval(found: dict, unit: str) -> str:
     return f"{found['value']:.1f}{unit} [{found['low']:.1f}, {found['high']:.1f}]"
 
 
-def _picture(results: dict[str, dict], labels: Sequence[str]) -> bytes:
-    """Gap closed against the number of prompts, one line an arm, its interval as a bar."""
-    with matplotlib.rc_context(plots.SETTINGS):
-        canvas = Canvas(figsize=(7.6, 4.4), layout="constrained")
-        axes = canvas.subplots()
-        for row, label in enumerate(labels):
-            found = [_closed(result, label) for result in results.values()]
-            places = [index + 0.07 * (row - (len(labels) - 1) / 2) for index in range(len(results))]
-            values = [f["value"] for f in found]
-            errors = [[f["value"] - f["low"] for f in found], [f["high"] - f["value"] for f in found]]
-            axes.errorbar(
-                places, values, yerr=errors, color=plots.ARM_COLOURS[row % len(plots.ARM_COLOURS)], marker="o",
-                markersize=5, linewidth=1.2, elinewidth=2.2, label=label,
-            )  # fmt: skip
-        axes.axhline(0, color=plots.GREY, linewidth=1, zorder=0)
-        axes.set_xticks(range(len(results)), [f"{size} prompts" for size in results])
-        axes.set_xlim(-0.5, len(results) - 0.5)
-        axes.set_ylabel("modality gap closed, %")
-        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        canvas.savefig(buffer := io.BytesIO(), format="png", dpi=160, facecolor="white")
-    return buffer.getvalue()
-
-
 def _grid(study: Study, prompts: int) -> Table:
     rows = []
     for arm, choice in study.config.arms.items():
@@ -175,10 +145,10 @@ def _grid(study: Study, prompts: int) -> Table:
 def _caption(study: Study) -> str:
     seeds = len(study.config.seeds)
     line = (
-        f"Mean over {seeds} seed{'s' if seeds > 1 else ''} of (aligned - start) / (teacher - start) on held-out "
-        "voices; bars: 95 % intervals, paired bootstrap over items."
+        f"Left: mean over {seeds} seed{'s' if seeds > 1 else ''} of (aligned - start) / (teacher - start); right: "
+        "scores. Broken line: the start. Bars: 95 % intervals, paired bootstrap over items."
     )
-    return line if seeds == 1 else f"{line} How runs differ is not in them: each seed's own difference is in the table."
+    return line if seeds == 1 else f"{line} Small rings: single seeds, whose differences are in no bar."
 
 
 def _protocol(study: Study) -> list[str]:

@@ -72,7 +72,7 @@ def test_a_small_study_is_complete(tmp_path):
     assert page.count("◄") == 2
     mean, rba, sft = whole["differences"]["SFT, fresh"], *(whole["seeds"][arm] for arm in ("RBA", "SFT, fresh"))
     assert f"{mean['high']:.1f}]; {rba[0] - sft[0]:.1f}, {rba[1] - sft[1]:.1f} |" in page, "seed by seed"
-    assert (tmp_path / "plots" / "sizes.png").stat().st_size > 5_000
+    assert (tmp_path / "plots" / "arms.png").stat().st_size > 5_000
     assert (tmp_path / "n8" / "report.html").is_file()
 
 
@@ -117,6 +117,24 @@ def test_a_budget_is_of_clips_however_many_steps_an_arm_takes_on_them():
     clips = {arm: recipe_parts.clips_heard(cfg, cfg.trainer.max_steps) for arm, cfg in recipes.items()}
     assert clips == {"two": 1440, "eight": 1440, "long": 3600}
     assert all(cfg.schedule.total_steps == cfg.trainer.max_steps for cfg in recipes.values())
+
+
+def test_where_prompts_are_heard_once_more_clips_are_more_prompts():
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        study = compose("rba_study", ["prompts=[1000,1440,4800]"])
+        recipes = {
+            (run.prompts, run.arm): config(study, run)
+            for run in grid(study)
+            if run.arm in ("forward_kl_fresh", "forward_kl_long") and run.learning_rate == study.learning_rates[0]
+        }
+    heard = {key: recipe_parts.clips_heard(cfg, cfg.trainer.max_steps) for key, cfg in recipes.items()}
+    drawn = {key: cfg.data.train_prompts for key, cfg in recipes.items()}
+    assert drawn == {
+        (1000, "forward_kl_fresh"): 1000, (1000, "forward_kl_long"): 1000,
+        (1440, "forward_kl_fresh"): 1440, (1440, "forward_kl_long"): 2880,
+        (4800, "forward_kl_fresh"): 4800, (4800, "forward_kl_long"): 5000,
+    }, "5000 are all there are"  # fmt: skip
+    assert [heard[size, "forward_kl_long"] for size in (1000, 1440, 4800)] == [9600, 2880, 9600]
 
 
 def test_the_best_dev_score_is_chosen_and_an_edge_is_told():
