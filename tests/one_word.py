@@ -23,6 +23,7 @@ class FakePolicy:
     def __init__(self):
         self.logit = torch.zeros(1, requires_grad=True)
         self.seen = []
+        self.scored = []  # how many answers each time
 
     def _word_logprobs(self):
         return torch.cat((self.logit, -self.logit)).log_softmax(0)
@@ -48,6 +49,7 @@ class FakePolicy:
         return [VOCABULARY[response], 2]
 
     def logprobs(self, batch, *, reference=False):
+        self.scored.append(len(batch))
         words = self._word_logprobs().detach() if not reference else torch.full((2,), 0.5).log()
         return torch.stack((words[batch.response_ids[:, 0]], torch.zeros(len(batch))), 1)
 

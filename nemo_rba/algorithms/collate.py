@@ -82,17 +82,30 @@ def _logprobs(
     teacher: LikelihoodTeacher | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     fields = {}
-    if is_own(rollouts).all():
-        sampled = pad_sequences([rollout.logprobs for rollout in rollouts], pad_value=0.0)[0]
-        fields["old_logprobs" if objective.needs_old else "sampler_logprobs"] = sampled
-    elif objective.needs_old:
-        fields["old_logprobs"] = policy.logprobs(whole)
+    if objective.needs_old:
+        fields["old_logprobs"] = _old_logprobs(whole, rollouts, policy)
+    elif is_own(rollouts).all():
+        fields["sampler_logprobs"] = _sampled(rollouts)
     if objective.needs_reference:
         fields["ref_logprobs"] = policy.logprobs(whole, reference=True)
         fields["is_own"] = is_own(rollouts)
     if objective.needs_teacher or objective.teacher_topk:
         fields |= _judgement(rollouts, objective, teacher)
     return fields
+
+
+def _old_logprobs(whole: RolloutBatch, rollouts: Sequence[Rollout], policy: Policy) -> Tensor:
+    """The sampler's, and of answers that are not the student's what it thinks of them: no answer is read twice."""
+    old, is_taught = _sampled(rollouts), ~is_own(rollouts)
+    if is_taught.any():
+        old[is_taught] = policy.logprobs(_rows(whole, is_taught))
+    return old
+
+
+def _sampled(rollouts: Sequence[Rollout]) -> Tensor:
+    """The sampler's log-probabilities (N, T), 0 for answers that it did not sample."""
+    known = [torch.zeros(len(r.token_ids)) if r.logprobs is None else r.logprobs for r in rollouts]
+    return pad_sequences(known, pad_value=0.0)[0]
 
 
 def _correct(whole: RolloutBatch, importance: Importance, policy: Policy) -> RolloutBatch:
@@ -133,7 +146,11 @@ def transcript_prompt(teacher: Teacher, instruction: Instruction) -> str:
 
 def select(batch: RolloutBatch, prompts: Tensor) -> RolloutBatch:
     """The rollouts of the given prompt rows; prompts and global counts stay as they are."""
-    rows = torch.isin(batch.prompt_index, prompts)
+    return _rows(batch, torch.isin(batch.prompt_index, prompts))
+
+
+def _rows(batch: RolloutBatch, rows: Tensor) -> RolloutBatch:
+    """Some rollouts (N,), bool."""
     tensors = {
         field.name: getattr(batch, field.name)[rows]
         for field in dataclasses.fields(batch)

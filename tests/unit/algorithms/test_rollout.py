@@ -87,6 +87,7 @@ def test_the_teachers_answer_joins_each_group():
     assert batch.prompt_index.tolist() == [row for row in range(4) for _ in range(4)]
     assert batch.response_ids[3::4, 0].tolist() == [0] * 4, "yes, the stored answer, is the last of each group"
     torch.testing.assert_close(batch.old_logprobs[3], torch.tensor([0.5, 1.0]).log(), msg="the student's own")
+    assert module.policy.scored == [4], "the teacher's answers alone: of its own it knows since it wrote them"
     assert metrics["reward/mean"] < 1, "of the student's answers alone"
     with pytest.raises(ValueError, match="on MixedRollouts; leave importance out"):
         check_choices(source, LeaveOneOut(), clipped(), TruncatedImportance(maximum=2.0))
