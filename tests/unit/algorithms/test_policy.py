@@ -291,12 +291,12 @@ def test_bfloat16_learns_with_float32_main_weights(qwen3_salm, speech_batch, dis
             num_minibatches=1,
         )  # fmt: skip
         losses[dtype] = []
-        for _ in range(6):
+        for _ in range(8):
             losses[dtype].append(policy.forward_backward(whole, DistillationLoss())["loss/distillation"])
-            policy.step(5e-3)
+            policy.step(2.5e-3)  # at twice that rounding grows, to 4 % on some processors
     assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
     assert {p.dtype for group in policy.optimizer.param_groups for p in group["params"]} == {torch.float32}
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03, abs=0.02)  # by the processor
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
     assert losses["bfloat16"][-1] < 0.2 * losses["bfloat16"][0]
 
 
